@@ -1,0 +1,64 @@
+# `make demo` and `make test` are the two commands; both work on a fresh clone.
+PYTHON ?=
+VENV ?= .venv
+OUT ?= demo_output
+SEED ?= 0
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+# No .pyc files for the 5 GB of libraries: most of them are never imported.
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+# With setuptools already there, the build of this package needs no environment of its own.
+INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation --editable
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.train  ## distil the embedded teacher and compare: LoRA, picture, report (OUT=DIR, SEED=N, DEMO_ARGS=--overwrite)
+	$(VENV)/bin/dmd2 demo --out $(OUT) --seed $(SEED) $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## the whole test suite, with a real ComfyUI (PYTEST_ARGS="-k NAME" for a part)
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.test  ## let ruff mend and format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the environment, caches and build leftovers (results stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an installation is repeated only when what it depends on has changed.
+$(VENV)/.train: constraints.txt pyproject.toml | $(VENV)/.created
+	@echo "Installing the trainer into $(VENV) (5 GB, one to four minutes) ..."
+	$(PIP_INSTALL) setuptools
+	$(INSTALL_SELF) '.[train]'
+	@touch $@
+
+$(VENV)/.test: constraints.txt pyproject.toml | $(VENV)/.created
+	@echo "Installing the trainer, the tests' tools and ComfyUI's requirements into $(VENV) (6 GB, one to four minutes) ..."
+	$(PIP_INSTALL) setuptools
+	$(INSTALL_SELF) '.[train,test,host]'
+	@touch $(VENV)/.train $@
+
+$(VENV)/.created:
+	@for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=$$candidate; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: no Python 3.11 or newer was found; install one or name it: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; fi; \
+	if ! "$$found" -m venv $(VENV); then \
+	  rm -rf $(VENV); \
+	  echo "make: $$found could not make an environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	  exit 1; fi
+	@touch $@

@@ -1,0 +1,236 @@
+"""The node pack in a running ComfyUI: the shipped workflow, and the same numbers as dmd2_core's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import graphs
+import model_files
+import pytest
+import torch
+from comfy_server import ComfyServer, Run
+from graphs import sampling_graph
+from model_files import SIZE_PX, TinyModel
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+from dmd2_core import SeededNoise, StepPlan, few_step_sample
+from train_lora.demo.architecture import LATENT_SCALE
+
+CAPTION = "a small red ring on a striped blue background, left"
+SEED = 1234
+ATOL = 1e-3
+"""On latents of unit size: float32 against float32 in another order, 14.6 times at t = 999."""
+COMFYUI_COMPLAINTS = (
+    "lora key not loaded",
+    "NOT LOADED",
+    "ERROR lora",
+    "unet missing",
+    "Traceback",
+)
+
+
+@pytest.fixture(scope="module")
+def model(server: ComfyServer) -> TinyModel:
+    return model_files.build(server.base / "models")
+
+
+def sampled(server: ComfyServer, **options: Any) -> tuple[Tensor, Tensor, Run]:
+    """Latents (B, 4, 16, 16) in the model's own scale, pictures (B, 3, 128, 128) in [0, 1]."""
+    graph, names = sampling_graph(
+        **{"caption": CAPTION, "seed": SEED, "size_px": SIZE_PX} | options
+    )
+    run = server.run(graph.prompt)
+    assert run.error is None, f"{run.failed_node}: {run.error}"
+    [latent_file] = run.outputs[names["latent"]]["latents"]
+    latent = load(server.view(latent_file))["latent_tensor"]
+    pictures = [picture(server, file) for file in run.outputs[names["image"]]["images"]]
+    return latent * LATENT_SCALE, torch.stack(pictures), run
+
+
+def picture(server: ComfyServer, file: dict[str, str]) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    with Image.open(io.BytesIO(server.view(file))) as image:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+
+def first_noise(batch: int = 1) -> Tensor:
+    """What ComfyUI's sampling nodes draw for SEED."""
+    shape = (batch, 4, SIZE_PX // 8, SIZE_PX // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def failure(server: ComfyServer, **options: Any) -> Run:
+    graph, _ = sampling_graph(**{"caption": CAPTION, "seed": SEED, "size_px": SIZE_PX} | options)
+    run = server.run(graph.prompt)
+    assert run.error is not None
+    return run
+
+
+def test_the_shipped_workflow_makes_a_picture(server: ComfyServer, model: TinyModel) -> None:
+    workflow = graphs.shipped_workflow()
+    prompt = graphs.api_format(workflow, server.get("/object_info"))
+    by_class = {node["class_type"]: (name, node) for name, node in prompt.items()}
+    by_class["EmptyLatentImage"][1]["inputs"] |= {"width": SIZE_PX, "height": SIZE_PX}
+    run = server.run(prompt)
+    assert run.error is None, f"{run.failed_node}: {run.error}"
+    [file] = run.outputs[by_class["SaveImage"][0]]["images"]
+    made = picture(server, file)
+    assert made.shape == (3, SIZE_PX, SIZE_PX)
+    assert made.std() > 0.01
+    # Every key was applied, says the node, and ComfyUI has nothing to complain of.
+    [report] = run.outputs[by_class["PreviewAny"][0]]["text"]
+    count = f"{model.num_modules} of {model.num_modules} modules applied at strength 1."
+    assert report.startswith(f"{graphs.LORA}: {count}\nRecipe: steps 999, 749, 499, 249;")
+    assert f"DMD2: {graphs.LORA}: {count}" in run.log
+    assert not [text for text in COMFYUI_COMPLAINTS if text in server.log()]
+
+
+def test_the_latent_is_dmd2_cores(server: ComfyServer, model: TinyModel) -> None:
+    latent, _, _ = sampled(server)
+    condition, denoiser = model.condition([CAPTION]), model.denoiser()
+    expected = few_step_sample(
+        lambda x_t, t: denoiser(x_t, t, condition),
+        first_noise(),
+        model.components.schedule,
+        StepPlan.evenly(4),
+        noise=SeededNoise(SEED),
+    )
+    torch.testing.assert_close(latent, expected, rtol=0, atol=ATOL)
+    without, _, _ = sampled(server, lora=None)
+    assert (latent - without).abs().max() > 10 * ATOL  # the LoRA acts
+
+
+def test_other_widgets_do_what_dmd2_core_does(server: ComfyServer, model: TinyModel) -> None:
+    latent, _, _ = sampled(
+        server,
+        scheduler={"timesteps": "999, 500, 120"},
+        sampler={"strength": 0.5, "seed_offset": 7},
+    )
+    condition, denoiser = model.condition([CAPTION]), model.denoiser()
+    expected = few_step_sample(
+        lambda x_t, t: denoiser(x_t, t, condition),
+        first_noise(),
+        model.components.schedule,
+        StepPlan(timesteps=(999, 500, 120)),
+        noise=SeededNoise(SEED + 7),
+        strength=0.5,
+    )
+    torch.testing.assert_close(latent, expected, rtol=0, atol=ATOL)
+
+
+def test_stock_lcm_and_simple_give_the_same_picture(server: ComfyServer, model: TinyModel) -> None:
+    latent, pictures, _ = sampled(server, sampler={"noise": "stock"})
+    stock_latent, stock_pictures, _ = sampled(server, stock=("lcm", "simple"))
+    torch.testing.assert_close(latent, stock_latent, rtol=0, atol=ATOL / 10)
+    # A pixel on the border between two of the 256 levels may round either way.
+    torch.testing.assert_close(pictures, stock_pictures, rtol=0, atol=1.01 / 255)
+    assert (pictures != stock_pictures).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("stock", [None, ("euler", "simple"), ("lcm", "sgm_uniform")])
+def test_one_step_at_399_is_the_formula(
+    server: ComfyServer, model: TinyModel, stock: tuple[str, str] | None
+) -> None:
+    latent, _, _ = sampled(server, one_step=399, stock=stock, lora=model_files.ONE_STEP_LORA)
+    eps, t = first_noise(), torch.tensor([399])
+    alpha, sigma = (getattr(model.components.schedule, name)(t) for name in ("alpha", "sigma"))
+    output = model.network(eps, t, model.condition([CAPTION]))
+    torch.testing.assert_close(latent, ((eps - sigma * output) / alpha).float(), rtol=0, atol=ATOL)
+
+
+def test_fresh_noise_does_not_depend_on_the_batch(server: ComfyServer, model: TinyModel) -> None:
+    alone, _, _ = sampled(server)
+    three, pictures, _ = sampled(server, batch=3)
+    assert len(pictures) == 3
+    torch.testing.assert_close(three[:1], alone, rtol=0, atol=ATOL)
+
+
+def test_a_lora_without_a_recipe_gets_the_usual_four_steps(
+    server: ComfyServer, model: TinyModel
+) -> None:
+    latent, _, run = sampled(server, lora=model_files.PLAIN_LORA)
+    expected, _, _ = sampled(server)
+    torch.testing.assert_close(latent, expected, rtol=0, atol=0)
+    assert any("The file has no recipe" in text for text in texts(run))
+
+
+def texts(run: Run) -> list[str]:
+    return [text for output in run.outputs.values() for text in output.get("text", ())]
+
+
+def test_modules_that_do_not_apply_are_reported(server: ComfyServer, model: TinyModel) -> None:
+    _, _, run = sampled(server, lora=model_files.PARTIAL_LORA)
+    [report] = texts(run)
+    total = model.num_modules + model_files.NUM_UNKNOWN
+    assert f"{model.num_modules} of {total} modules applied" in report
+    assert "Not applied: 2 modules that this model lacks: lora_unet_input_blocks_90_0" in report
+    assert "Not applied: 2 modules" in run.log
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            model_files.FOREIGN_LORA,
+            "none of the 2 modules, such as 'lora_unet_double_blocks_0_img_",
+        ),
+        (model_files.WIDE_LORA, "is made for a layer of 32 x 192, the model's is 32 x 96"),
+        (model_files.DAMAGED_LORA, "the LoRA's recipe is damaged"),
+    ],
+)
+def test_an_unfit_lora_is_refused_in_one_sentence(
+    server: ComfyServer, model: TinyModel, lora: str, message: str
+) -> None:
+    run = failure(server, lora=lora)
+    assert run.failed_node == "DMD2_LoadLoRA"
+    assert message in run.error
+    assert lora in run.error or "export the LoRA again" in run.error
+    sampled(server)  # the server goes on
+
+
+@pytest.mark.parametrize(
+    ("options", "node", "message"),
+    [
+        ({"scheduler": {"timesteps": "499, 749"}}, "DMD2_Scheduler", "timesteps must descend"),
+        ({"scheduler": {"timesteps": "1000, 500"}}, "DMD2_Scheduler", "timesteps has 1000"),
+        ({"scheduler": {"timesteps": "four"}}, "DMD2_Scheduler", "which is not a whole number"),
+        ({"scheduler": {"start_step": 9}}, "DMD2_Scheduler", "start is 9"),
+        ({"lora": model_files.ONE_STEP_LORA}, "DMD2_Scheduler", "needs conditioning timestep 399"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_sentence(
+    server: ComfyServer, model: TinyModel, options: dict[str, Any], node: str, message: str
+) -> None:
+    run = failure(server, **options)
+    assert run.failed_node == node
+    assert message in run.error
+    sampled(server)
+
+
+def test_a_newly_exported_lora_is_loaded_again(server: ComfyServer, model: TinyModel) -> None:
+    loras = server.base / "models" / "loras"
+    target = loras / "exported_twice.safetensors"
+    target.write_bytes((loras / graphs.LORA).read_bytes())
+    _, _, first = sampled(server, lora=target.name)
+    target.write_bytes((loras / model_files.PARTIAL_LORA).read_bytes())
+    _, _, second = sampled(server, lora=target.name)
+    assert "Not applied" not in texts(first)[0]
+    assert "Not applied" in texts(second)[0]
+
+
+def test_the_page_gets_help_and_workflow(server: ComfyServer) -> None:
+    info = server.get("/object_info")
+    ours = [name for name in info if name.startswith("DMD2_")]
+    assert len(ours) == 4
+    for name in ours:
+        page = server.get_bytes(f"/extensions/dmd2/docs/{name}.md").decode()
+        for kind in ("required", "optional"):
+            for widget, (_, settings) in info[name]["input"].get(kind, {}).items():
+                assert settings["tooltip"].endswith("."), (name, widget)
+                assert f"**{widget}**" in page, (name, widget)
+    assert server.get("/workflow_templates")["dmd2"] == [Path(graphs.WORKFLOW_FILE).stem]

@@ -1,0 +1,82 @@
+"""Test-only: teaches ComfyUI the embedded teacher, an SDXL of other widths (architecture.py).
+
+It appends a subclass of ComfyUI's own SDXL to the models that it recognises, with the tiny text
+encoders' sizes, and gives the narrow VAE the explicit config that ComfyUI cannot guess.
+"""
+
+from functools import wraps
+
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.supported_models
+from comfy.supported_models_base import ClipTarget
+
+WIDTH_L, WIDTH_G, NUM_LAYERS = 32, 64, 3
+VAE_WIDTH, VAE_MULTIPLIERS = 32, [1, 1, 1, 2]
+NODE_CLASS_MAPPINGS = {}
+
+
+def _encoder_config(width, num_heads, activation):
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": NUM_LAYERS,
+        "projection_dim": width,
+        "hidden_act": activation,
+    }
+
+
+class TinyCLIP(comfy.sdxl_clip.SDXLClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        sizes = {
+            "clip_l_model_config": _encoder_config(WIDTH_L, 1, "quick_gelu"),
+            "clip_g_model_config": _encoder_config(WIDTH_G, 2, "gelu"),
+        }
+        super().__init__(
+            device=device, dtype=dtype, model_options={**(model_options or {}), **sizes}
+        )
+
+
+UNET_CONFIG = {
+    "model_channels": 32,
+    "use_linear_in_transformer": True,
+    "transformer_depth": [0, 1, 1],
+    "context_dim": WIDTH_L + WIDTH_G,
+    "adm_in_channels": WIDTH_G + 6 * 256,
+    "use_temporal_attention": False,
+}
+HEADS = {"num_heads": -1, "num_head_channels": 32}
+
+
+class TinySDXL(comfy.supported_models.SDXL):
+    unet_config = UNET_CONFIG
+    unet_extra_config = HEADS
+
+    def clip_target(self, state_dict=None):
+        return ClipTarget(comfy.sdxl_clip.SDXLTokenizer, TinyCLIP)
+
+
+def _vae_config(state_dict):
+    """The explicit config of the tiny VAE, None for any other VAE."""
+    first = state_dict.get("encoder.conv_in.weight") if state_dict else None
+    if first is None or first.shape[0] != VAE_WIDTH:
+        return None
+    sizes = {
+        **{"double_z": True, "z_channels": 4, "resolution": 128, "in_channels": 3, "out_ch": 3},
+        **{"ch": VAE_WIDTH, "ch_mult": VAE_MULTIPLIERS, "num_res_blocks": 1},
+        **{"attn_resolutions": [], "dropout": 0.0},
+    }
+    return {"params": {"ddconfig": sizes, "embed_dim": 4}}
+
+
+def _with_config(original):
+    @wraps(original)
+    def init(self, sd=None, device=None, config=None, **rest):
+        original(self, sd=sd, device=device, config=config or _vae_config(sd), **rest)
+
+    return init
+
+
+comfy.supported_models.models.append(TinySDXL)
+comfy.sd.VAE.__init__ = _with_config(comfy.sd.VAE.__init__)

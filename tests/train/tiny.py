@@ -1,0 +1,73 @@
+"""A tiny SDXL with random weights and a config for it: parts that several trainer tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd2_core import MiddleBlockHead, StepPlan, VPSchedule
+from train_lora.config import Config
+from train_lora.config_load import load
+from train_lora.demo import architecture
+from train_lora.distill import Batch, Distiller
+from train_lora.models.components import Components
+from train_lora.models.roles import LoraSpec, SharedUNet
+from train_lora.models.text import Condition, size_ids
+
+
+def demo_config(directory: Path, **overrides: Any) -> Config:
+    """The demo preset with `section__key=value` overrides."""
+    pairs = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
+    return load(
+        preset="demo", overrides=[("output.directory", str(directory)), *pairs]
+    ).config
+
+
+def random_components(seed: int = 0) -> Components:
+    """UNet and VAE of the embedded teacher's shape with random weights; no text encoders."""
+    torch.manual_seed(seed)
+    unet, vae = architecture.build_unet(), architecture.build_vae()
+    for network in (unet, vae):
+        network.eval().requires_grad_(False)
+    return Components(
+        unet=unet, vae=vae, text_encoders=[], tokenizers=[], schedule=VPSchedule.sdxl(),
+        prediction="epsilon", base_hash="0" * 64, name="random",
+    )  # fmt: skip
+
+
+def random_condition(count: int, generator: torch.Generator) -> Condition:
+    width = architecture.WIDTH_L + architecture.WIDTH_G
+    return Condition(
+        hidden=torch.randn(count, 77, width, generator=generator),
+        pooled=torch.randn(count, architecture.WIDTH_G, generator=generator),
+        time_ids=size_ids(count, 128, 128),
+    )
+
+
+def random_batch(count: int, generator: torch.Generator) -> Batch:
+    return Batch(
+        condition=random_condition(count, generator),
+        real_latents=torch.randn(count, 4, 16, 16, generator=generator),
+        real_condition=random_condition(count, generator),
+    )
+
+
+@torch.no_grad()
+def random_distiller(config: Config, seed: int = 0) -> Distiller:
+    """Both adapters away from their zero start, so that every network differs."""
+    components = random_components(seed)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {role: LoraSpec(rank=4, alpha=4.0) for role in ("student", "critic")}
+    unet = SharedUNet(components.unet, adapters, seed=seed)
+    for role in adapters:
+        for parameter in unet.parameters_of(role):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return Distiller(
+        unet=unet,
+        head=MiddleBlockHead(unet.feature_channels, 4, generator=generator),
+        components=components,
+        plan=StepPlan.evenly(4),
+        config=config,
+    )

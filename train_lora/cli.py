@@ -1,0 +1,312 @@
+"""The command `dmd2`.
+
+Everything heavy is imported inside the functions, so that help and errors appear at once. What the
+user got wrong ends as one sentence on stderr and exit code 2; set DMD2_TRACEBACK=1 to see where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .output import check_output_directory
+
+if TYPE_CHECKING:
+    from .config_load import LoadedConfig
+
+USER_ERROR, INTERRUPTED = 2, 130
+TRAIN_LIBRARIES = (
+    *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
+    *("tensorboard", "torch", "tqdm", "transformers"),
+)
+
+
+class _UsageError(ValueError):
+    """What argparse found wrong with the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-sentence errors, and help that lists the keys where they can be given."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.get_default("takes_keys"):
+            return text
+        from .config_text import key_reference
+
+        return (
+            f"{text}\nkeys (a name that only one section has may stand alone: --iterations 100):\n"
+            f"{key_reference()}\n"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("\ndmd2: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        sentence = _user_sentence(error)
+        if sentence is None:
+            raise
+        if os.environ.get("DMD2_TRACEBACK"):
+            traceback.print_exc()
+        print(f"dmd2: error: {sentence}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_keys:
+        arguments.parser.error(f"unknown argument {rest[0]!r}")
+    arguments.overrides = _pair_overrides(rest)
+    return int(arguments.run(arguments))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dmd2",
+        description="Distil a diffusion model into a LoRA that makes images in a few steps (DMD2).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_demo(commands)
+    _add_teacher(commands)
+    _add_config(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"dmd2 {version('dmd2')}")
+        except PackageNotFoundError:
+            print("dmd2 (not installed: running from its folder)")
+        parser.exit()
+
+
+def _add_config_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file")
+    command.add_argument("--preset", metavar="NAME", help='values to start from, such as "demo"')
+    command.add_argument(
+        "--ablate",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave a part of the method out: no-gan, no-distribution-matching, "
+        "no-backward-simulation, critic-1to1 (may be repeated)",
+    )
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "train",
+        help="distil a teacher into a LoRA",
+        usage="dmd2 train --config FILE.toml [--preset NAME] [--ablate NAME] [--overwrite] "
+        "[--key value ...]",
+        allow_abbrev=False,
+    )
+    _add_config_sources(command)
+    _add_overwrite(command)
+    command.set_defaults(run=_train, takes_keys=True, parser=command)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="distil the embedded teacher, compare teacher and student",
+        allow_abbrev=False,
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results")
+    command.add_argument("--seed", type=_seed, default=0, help="seed of everything random")
+    _add_overwrite(command)
+    command.set_defaults(run=_demo, takes_keys=False, parser=command)
+
+
+def _add_teacher(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "teacher",
+        help="write the embedded teacher as a checkpoint",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
+    )
+    command.add_argument(
+        "--format",
+        choices=("diffusers", "single", "both"),
+        default="both",
+        help="a diffusers folder, one SDXL-format .safetensors file, or both (default)",
+    )
+    _add_overwrite(command)
+    command.set_defaults(run=_teacher, takes_keys=False, parser=command)
+
+
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "config",
+        help="show a configuration, or list all keys",
+        usage="dmd2 config (--keys | --show [--config FILE.toml] [--preset NAME] [--ablate NAME] "
+        "[--key value ...])",
+        allow_abbrev=False,
+    )
+    action = command.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--show",
+        dest="run",
+        action="store_const",
+        const=_config_show,
+        help="every value and its origin: default, preset, file or cli",
+    )
+    action.add_argument(
+        "--keys",
+        dest="run",
+        action="store_const",
+        const=_config_keys,
+        help="every key with its meaning, range and default",
+    )
+    _add_config_sources(command)
+    command.set_defaults(takes_keys=True, parser=command)
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: files of the same name are replaced, "
+        "all others stay",
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    loaded = _load_config(arguments)
+    check_output_directory(
+        loaded.config.output.directory, "--output.directory", overwrite=arguments.overwrite
+    )
+    from .trainer import train
+
+    print(train(loaded.config).lora)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    check_output_directory(arguments.out, "--out", overwrite=arguments.overwrite)
+    from .demo.run import run_demo
+
+    run_demo(arguments.out, arguments.seed)
+    return 0
+
+
+def _teacher(arguments: argparse.Namespace) -> int:
+    check_output_directory(arguments.out, "--out", overwrite=arguments.overwrite)
+    from .demo.teacher import load_components
+    from .models.saving import save_diffusers_folder, save_single_file
+
+    components = load_components()
+    folder, file = (
+        arguments.out / "dmd2_demo_teacher",
+        arguments.out / "dmd2_demo_teacher.safetensors",
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.format in ("diffusers", "both"):
+        save_diffusers_folder(components, folder)
+        print(folder)
+    if arguments.format in ("single", "both"):
+        save_single_file(components, file)
+        print(file)
+    return 0
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from .config_text import show
+
+    print(show(_load_config(arguments)), end="")
+    return 0
+
+
+def _config_keys(arguments: argparse.Namespace) -> int:
+    from .config_text import key_reference
+
+    if arguments.config or arguments.preset or arguments.ablate or arguments.overrides:
+        raise _UsageError("--keys lists all keys and takes no values; use --show with them.")
+    print(key_reference())
+    return 0
+
+
+def _load_config(arguments: argparse.Namespace) -> LoadedConfig:
+    from .config_load import load
+
+    return load(
+        preset=arguments.preset,
+        file=arguments.config,
+        overrides=arguments.overrides,
+        ablations=arguments.ablate,
+    )
+
+
+def _pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`--key value` and `--key=value` as (key, value)."""
+    pairs: list[tuple[str, str]] = []
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("--") or word == "--":
+            raise _UsageError(f"Unexpected argument {word!r}; write options as --key value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                raise _UsageError(f"--{name} has no value; write --{name} VALUE.")
+            value = following
+        pairs.append((name, value))
+    return pairs
+
+
+def _seed(text: str) -> int:
+    from .config import LARGEST_SEED
+
+    if not text.isdecimal() or int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give a whole number from 0")
+    return int(text)
+
+
+def _user_sentence(error: Exception) -> str | None:
+    """The sentence for an error that the user can mend; None for ours, which keeps its traceback.
+
+    A ValueError counts if our own code raised it on purpose, not if it escaped from a library.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_LIBRARIES:
+        return (
+            f"The library {error.name} is not installed; "
+            "install the trainer's: pip install '.[train]' -c constraints.txt."
+        )
+    if isinstance(error, OSError):
+        return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return " ".join(str(error).split())
+    return None
+
+
+def _raised_by_us(error: Exception) -> bool:
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in ("train_lora", "dmd2_core") or module == "__main__"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

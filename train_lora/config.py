@@ -1,0 +1,361 @@
+"""Every option of the trainer: its meaning, its default, its range.
+
+A `Config` is frozen: config_load.py builds it once from a preset, a TOML file and the command line,
+config_text.py writes it. The string under each field is its documentation (`dmd2 config --keys`).
+Defaults are the paper's for an SDXL LoRA in 4 steps; the demo's own are in presets/demo.toml.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+NUM_TIMESTEPS = 1000
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """The values that a number may take: `low` to `high`, without an end where it is open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """False for NaN and infinities as well."""
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"greater than {self.low}" if self.open_low else f"at least {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+
+
+def _number(default: Any = MISSING, **bounds: Any) -> Any:
+    """A field whose number, or each of whose numbers, must lie within `Bounds(**bounds)`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A TOML table; checks its numbers against their bounds."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            bounds = item.metadata.get("bounds")
+            if bounds is None or value is None:
+                continue
+            for number in value if isinstance(value, tuple) else (value,):
+                if not bounds.holds(number):
+                    which = "each of its numbers" if isinstance(value, tuple) else "it"
+                    raise ValueError(
+                        f"{self.section}.{item.name} is {show_value(value)}; "
+                        f"set {which} to {bounds}."
+                    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Section):
+    section: ClassVar[str] = "model"
+
+    path: str
+    """The teacher: a diffusers folder, one SDXL .safetensors file, or "demo" (the embedded one)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Section):
+    section: ClassVar[str] = "data"
+
+    prompts: str
+    """Training captions: a .txt file with one on each line, or "demo" for those of drawn scenes."""
+
+    real_images: str | None = None
+    """Real images for the GAN loss: a folder of pictures, each with a .txt caption beside it,
+    or "demo" for drawn scenes. Needed unless the GAN is off and backward simulation is on."""
+
+    resolution_px: int = _number(1024, low=64, high=4096)
+    """Width and height of the training images in pixels, a multiple of 64."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.resolution_px % 64:
+            nearest = max(64, round(self.resolution_px / 64) * 64)
+            raise ValueError(
+                f"data.resolution_px is {self.resolution_px}; set it to a multiple of 64, "
+                f"such as {nearest}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig(Section):
+    section: ClassVar[str] = "student"
+
+    rank: int = _number(64, low=1, high=4096)
+    """Rank of the student's LoRA: the one that is exported."""
+
+    alpha: float = _number(8.0, low=0, open_low=True)
+    """Scale of the student's LoRA: its output is multiplied by alpha / rank."""
+
+    learning_rate: float = _number(5e-5, low=0, high=1, open_low=True)
+    """Learning rate of the student. It must learn more slowly than the critic follows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CriticConfig(Section):
+    section: ClassVar[str] = "critic"
+
+    rank: int = _number(64, low=1, high=4096)
+    """Rank of the critic's LoRA; at least the student's, since it tracks the student."""
+
+    alpha: float = _number(8.0, low=0, open_low=True)
+    """Scale of the critic's LoRA: its output is multiplied by alpha / rank."""
+
+    learning_rate: float = _number(5e-5, low=0, high=1, open_low=True)
+    """Learning rate of the critic."""
+
+    updates_per_generator: int = _number(5, low=1, high=1000)
+    """Critic updates for each student update: the student is updated every so many iterations."""
+
+    warmup_iterations: int = _number(0, low=0)
+    """Iterations at the start that update the critic alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig(Section):
+    section: ClassVar[str] = "sampling"
+
+    steps: int = _number(4, low=1, high=100)
+    """Number of evenly spaced sampling steps; 4 means timesteps 999, 749, 499, 249."""
+
+    timesteps: tuple[int, ...] = _number((), low=0, high=NUM_TIMESTEPS - 1)
+    """An explicit, descending list of timesteps in place of `steps`; empty: use `steps`."""
+
+    conditioning_timestep: int | None = _number(None, low=0, high=NUM_TIMESTEPS - 1)
+    """Timestep that the network is told at the first step (399 for one-step SDXL); "none": the
+    true one."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        pairs = zip(self.timesteps, self.timesteps[1:], strict=False)
+        if any(later >= earlier for earlier, later in pairs):
+            ordered = sorted(set(self.timesteps), reverse=True)
+            raise ValueError(
+                f"sampling.timesteps is {show_value(self.timesteps)}; its numbers must descend, "
+                f"such as {ordered}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributionMatchingConfig(Section):
+    section: ClassVar[str] = "distribution_matching"
+
+    enabled: bool = True
+    """Whether the distribution matching loss trains the student."""
+
+    guidance: float = _number(8.0, low=1, high=100)
+    """Classifier-free guidance of the teacher's score, baked into the student; 1: no guidance."""
+
+    min_timestep: int = _number(20, low=0, high=NUM_TIMESTEPS - 1)
+    """Smallest timestep at which teacher and critic are compared."""
+
+    max_timestep: int = _number(980, low=0, high=NUM_TIMESTEPS - 1)
+    """Largest timestep at which teacher and critic are compared."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.min_timestep > self.max_timestep:
+            raise ValueError(
+                f"distribution_matching.min_timestep is {self.min_timestep}, above max_timestep "
+                f"{self.max_timestep}; set it to at most {self.max_timestep}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GanConfig(Section):
+    section: ClassVar[str] = "gan"
+
+    enabled: bool = True
+    """Whether a discriminator head on the critic's middle block compares with real images."""
+
+    generator_weight: float = _number(5e-3, low=0, open_low=True)
+    """Weight of the GAN loss in the student's update."""
+
+    critic_weight: float = _number(1e-2, low=0, open_low=True)
+    """Weight of the GAN loss in the critic's update, beside its denoising loss."""
+
+    learning_rate: float = _number(5e-5, low=0, high=1, open_low=True)
+    """Learning rate of the discriminator head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackwardSimulationConfig(Section):
+    section: ClassVar[str] = "backward_simulation"
+
+    enabled: bool = True
+    """Whether the student trains on what its own earlier steps made, or on noised real images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(Section):
+    section: ClassVar[str] = "training"
+
+    iterations: int = _number(16_000, low=1)
+    """Number of iterations, each with one critic update."""
+
+    batch_size: int = _number(4, low=1)
+    """Images in one forward pass."""
+
+    gradient_accumulation_steps: int = _number(1, low=1)
+    """Batches whose gradients are added up before an update."""
+
+    seed: int = _number(0, low=0, high=LARGEST_SEED)
+    """Seed of everything random in training; the same seed gives the same LoRA file."""
+
+    weight_decay: float = _number(0.01, low=0, high=1)
+    """AdamW's weight decay, for student, critic and head."""
+
+    betas: tuple[float, float] = _number((0.9, 0.999), low=0, high=1, open_high=True)
+    """AdamW's two decay rates."""
+
+    max_grad_norm: float = _number(10.0, low=0, open_low=True)
+    """Gradients are scaled down to this norm, for student and critic apart."""
+
+    ema_decay: float = _number(0.99, low=0, high=1, open_high=True)
+    """Decay, for each student update, of the averaged student that is exported; 0: no averaging."""
+
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Precision of the networks' forward passes; losses and LoRA weights are float32 either way."""
+
+    gradient_checkpointing: bool = True
+    """Whether activations are computed again in the backward pass: less memory, but slower."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig(Section):
+    section: ClassVar[str] = "validation"
+
+    every: int = _number(500, low=0)
+    """Iterations between two grids of validation images; 0: none."""
+
+    prompts: tuple[str, ...] = ()
+    """Captions to draw; empty: the first `num_prompts` of the training captions."""
+
+    num_prompts: int = _number(8, low=1, high=64)
+    """How many training captions to draw."""
+
+    seed: int = _number(0, low=0, high=LARGEST_SEED)
+    """Seed of the validation noise, the same at every grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig(Section):
+    section: ClassVar[str] = "logging"
+
+    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    """Where losses and validation images are recorded."""
+
+    every: int = _number(10, low=1)
+    """Iterations between two records of the losses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig(Section):
+    section: ClassVar[str] = "output"
+
+    directory: str
+    """Folder of the run: LoRA, logs, validation images. It must be empty or not exist."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration; paths are relative to the folder where the command runs."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: OutputConfig
+    student: StudentConfig = StudentConfig()
+    critic: CriticConfig = CriticConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    distribution_matching: DistributionMatchingConfig = DistributionMatchingConfig()
+    gan: GanConfig = GanConfig()
+    backward_simulation: BackwardSimulationConfig = BackwardSimulationConfig()
+    training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self) -> None:
+        if not (self.distribution_matching.enabled or self.gan.enabled):
+            raise ValueError(
+                "distribution_matching.enabled and gan.enabled are both false, so nothing would "
+                "train the student; set one of them to true."
+            )
+        if self.data.real_images is None and self.needs_real_images:
+            users = ["gan.enabled is true"] if self.gan.enabled else []
+            if not self.backward_simulation.enabled:
+                users.append("backward_simulation.enabled is false")
+            raise ValueError(
+                f"data.real_images is not set, but {' and '.join(users)}, which takes real images; "
+                "name a folder of captioned images or change that."
+            )
+
+    @property
+    def needs_real_images(self) -> bool:
+        return self.gan.enabled or not self.backward_simulation.enabled
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value, with lists for tuples: what JSON can hold."""
+        return {name: _plain_dict(getattr(self, name)) for name in SECTIONS}
+
+    def recipe_settings(self) -> dict[str, dict[str, Any]]:
+        """What a LoRA's metadata tells about its training: no folders, and nothing that leaves
+        the weights as they are, so that the same training gives the same bytes anywhere."""
+        settings = self.to_dict()
+        for section in ("output", "logging", "validation"):
+            del settings[section]
+        for section, key in (("model", "path"), ("data", "prompts"), ("data", "real_images")):
+            if settings[section][key] is not None:
+                settings[section][key] = Path(settings[section][key]).name
+        return settings
+
+
+SECTIONS: dict[str, type[Section]] = {
+    kind.section: kind
+    for kind in (
+        ModelConfig,
+        DataConfig,
+        OutputConfig,
+        StudentConfig,
+        CriticConfig,
+        SamplingConfig,
+        DistributionMatchingConfig,
+        GanConfig,
+        BackwardSimulationConfig,
+        TrainingConfig,
+        ValidationConfig,
+        LoggingConfig,
+    )
+}
+
+
+def _plain_dict(section: Section) -> dict[str, Any]:
+    values = {item.name: getattr(section, item.name) for item in fields(section)}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def show_value(value: Any) -> str:
+    """A value as the user would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    return str(list(value)) if isinstance(value, tuple) else repr(value)

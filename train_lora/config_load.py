@@ -1,0 +1,316 @@
+"""Build a `Config` from a preset, a TOML file, the command line and ablations, in this order.
+
+Every value is checked (known key, type, range, effect) and remembers where it came from. All
+messages are `ValueError` or `FileNotFoundError` with the key, the value and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .config import SECTIONS, Config, show_value
+
+Origin = Literal["default", "preset", "file", "cli"]
+PRESETS = Path(__file__).parent / "presets"
+
+ABLATIONS: dict[str, tuple[str, Any]] = {
+    "no-gan": ("gan.enabled", False),
+    "no-distribution-matching": ("distribution_matching.enabled", False),
+    "no-backward-simulation": ("backward_simulation.enabled", False),
+    "critic-1to1": ("critic.updates_per_generator", 1),
+}
+"""What each name of `--ablate` sets."""
+
+TYPES: dict[str, Any] = {
+    f"{section}.{item.name}": get_type_hints(kind)[item.name]
+    for section, kind in SECTIONS.items()
+    for item in fields(kind)
+}
+"""Every known key, such as "student.rank", with its type."""
+
+DEFAULTS: dict[str, Any] = {
+    f"{section}.{item.name}": item.default
+    for section, kind in SECTIONS.items()
+    for item in fields(kind)
+    if item.default is not MISSING
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedConfig:
+    """A configuration and, for each of its keys, where the value came from."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+
+
+def load(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    ablations: Sequence[str] = (),
+) -> LoadedConfig:
+    """`overrides` are (key, text) pairs as on the command line; later sources win."""
+    layers: list[tuple[Origin, dict[str, Any]]] = [("default", DEFAULTS)]
+    if preset is not None:
+        layers.append(("preset", read_toml(_preset_path(preset))))
+    if file is not None:
+        layers.append(("file", read_toml(file)))
+    typed = _parse_overrides(overrides)
+    below = {key: value for _, layer in layers for key, value in layer.items()}
+    layers.append(("cli", typed | _apply_ablations(ablations, below, typed)))
+
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for origin, layer in layers:
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    loaded = LoadedConfig(config=_build(values), origins=origins)
+    _refuse_ineffective(loaded)
+    return loaded
+
+
+def from_dict(nested: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The inverse of `Config.to_dict`; keys that are missing take their defaults."""
+    return _build(DEFAULTS | _check_table(nested, "this configuration"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The checked value of each key that the file sets."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"The config file {path} {kind}; name a .toml file.")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The config file {path} is not UTF-8 text; save it as UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"The config file {path} is not valid TOML: {error}.") from error
+    return _check_table(table, str(path))
+
+
+def resolve_key(name: str) -> str:
+    """The full key for `section.key` or for a `key` of one section only; dashes are underscores."""
+    key = name.replace("-", "_")
+    if key in TYPES:
+        return key
+    matches = [full for full in TYPES if full.partition(".")[2] == key]
+    if len(matches) > 1:
+        options = " or ".join(f"--{full}" for full in matches)
+        raise ValueError(f"--{name} could mean several keys; write {options}.")
+    if not matches:
+        raise ValueError(f"Unknown option --{name}; did you mean --{nearest_key(key)}?")
+    return matches[0]
+
+
+def nearest_key(name: str) -> str:
+    """The known key that is spelled most like `name`, which may lack its section."""
+    candidates = {full if "." in name else full.partition(".")[2]: full for full in TYPES}
+    closest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+    return candidates[closest]
+
+
+def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
+    """Key -> the keys whose values leave it without effect."""
+    found: dict[str, tuple[str, ...]] = {}
+
+    def rest_of(section: str, switch: str) -> Iterator[str]:
+        return (f"{section}.{f.name}" for f in fields(SECTIONS[section]) if f.name != switch)
+
+    def mark(keys: Iterable[str], *switches: str) -> None:
+        for key in keys:
+            found.setdefault(key, switches)
+
+    for section in ("gan", "distribution_matching"):
+        if not getattr(config, section).enabled:
+            mark(rest_of(section, "enabled"), f"{section}.enabled")
+    if not config.needs_real_images:
+        mark(["data.real_images"], "gan.enabled", "backward_simulation.enabled")
+    if config.sampling.timesteps:
+        mark(["sampling.steps"], "sampling.timesteps")
+    if config.validation.every == 0:
+        mark(rest_of("validation", "every"), "validation.every")
+    if config.validation.prompts:
+        mark(["validation.num_prompts"], "validation.prompts")
+    if config.logging.tracker == "none":
+        mark(["logging.every"], "logging.tracker")
+    return found
+
+
+def value_of(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _refuse_ineffective(loaded: LoadedConfig) -> None:
+    """An error for a key without effect, unless what switches it off was said later.
+
+    So a preset with a GAN weight and `--ablate no-gan` go together; both in one file do not.
+    """
+    rank = {origin: position for position, origin in enumerate(get_args(Origin))}
+    for key, switches in ineffective_keys(loaded.config).items():
+        origin = loaded.origins[key]
+        if origin == "default" or rank[origin] < max(rank[loaded.origins[s]] for s in switches):
+            continue
+        reason = " and ".join(f"{s} is {show_value(value_of(loaded.config, s))}" for s in switches)
+        raise ValueError(
+            f"{key} is {show_value(value_of(loaded.config, key))} but has no effect, because "
+            f"{reason}; remove {key} or change {' or '.join(switches)}."
+        )
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    for key in TYPES:
+        if key not in values:
+            section, _, name = key.partition(".")
+            raise ValueError(
+                f"{key} is not set; add {name} to [{section}] in the config file "
+                f"or pass --{key} VALUE."
+            )
+    sections = {
+        section: kind(**{item.name: values[f"{section}.{item.name}"] for item in fields(kind)})
+        for section, kind in SECTIONS.items()
+    }
+    return Config(**sections)  # type: ignore[arg-type]
+
+
+def _preset_path(name: str) -> Path:
+    path = PRESETS / f"{name}.toml"
+    known = sorted(preset.stem for preset in PRESETS.glob("*.toml"))
+    if name not in known:
+        raise ValueError(f'There is no preset "{name}"; the presets are: {", ".join(known)}.')
+    return path
+
+
+def _check_table(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for section, content in table.items():
+        if not isinstance(content, Mapping):
+            raise ValueError(
+                f'Unknown key "{section}" in {source}; did you mean "{nearest_key(section)}", '
+                "which belongs under its [section]?"
+            )
+        if section not in SECTIONS:
+            closest = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown section [{section}] in {source}; did you mean [{closest}]?")
+        for name, value in content.items():
+            key = f"{section}.{name}"
+            if key not in TYPES:
+                raise ValueError(
+                    f'Unknown key "{key}" in {source}; did you mean "{nearest_key(key)}"?'
+                )
+            values[key] = _checked(key, value)
+    return values
+
+
+def _parse_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for name, text in overrides:
+        key = resolve_key(name)
+        if key in typed:
+            raise ValueError(f"--{key} is given twice; keep one.")
+        typed[key] = _checked(key, _python_value(TYPES[key], text))
+    return typed
+
+
+def _apply_ablations(
+    names: Sequence[str], below: Mapping[str, Any], typed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`below`: the values without the command line; `typed`: the command line's own."""
+    changes: dict[str, Any] = {}
+    for name in names:
+        if name not in ABLATIONS:
+            raise ValueError(f"Unknown ablation {name!r}; choose from {', '.join(ABLATIONS)}.")
+        key, value = ABLATIONS[name]
+        if key in typed:
+            raise ValueError(f"--ablate {name} and --{key} both set {key}; keep one of them.")
+        if key in changes or below[key] == value:
+            raise ValueError(
+                f"--ablate {name} has no effect: {key} is {show_value(value)} already; remove it."
+            )
+        changes[key] = value
+    return changes
+
+
+def _python_value(hint: Any, text: str) -> Any:
+    """What TOML would give for the command line's `text`; text that does not fit stays text."""
+    if _is_optional(hint):
+        return None if text == "none" else _python_value(_inner(hint), text)
+    if get_origin(hint) is tuple:
+        if text.startswith("["):
+            return _toml_value(text)
+        # Captions have commas of their own.
+        return [text] if get_args(hint)[0] is str else _toml_value(f"[{text}]")
+    if hint is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def _is_optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)
+
+
+def _inner(optional: Any) -> Any:
+    """T, given `T | None`."""
+    return next(kind for kind in get_args(optional) if kind is not NoneType)
+
+
+def _checked(key: str, value: Any) -> Any:
+    """`value` in the type of `key`: lists become tuples, and whole numbers floats where asked."""
+    fitted = _fit(TYPES[key], value)
+    if fitted is MISSING:
+        raise ValueError(f"{key} is {show_value(value)}; set it to {describe_type(TYPES[key])}.")
+    return fitted
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """MISSING where the value is of another type."""
+    arguments = get_args(hint)
+    if _is_optional(hint):
+        return None if value is None or value == "none" else _fit(_inner(hint), value)
+    if get_origin(hint) is Literal:
+        return value if value in arguments else MISSING
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return MISSING
+        if arguments[-1] is not ... and len(value) != len(arguments):
+            return MISSING
+        fitted = tuple(_fit(arguments[0], element) for element in value)
+        return MISSING if MISSING in fitted else fitted
+    if hint is float and type(value) is int:
+        return float(value)
+    return value if type(value) is hint else MISSING
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words, for messages and for the list of keys."""
+    arguments = get_args(hint)
+    if _is_optional(hint):
+        return f'{describe_type(_inner(hint))} or "none"'
+    if get_origin(hint) is Literal:
+        return " or ".join(f'"{choice}"' for choice in arguments)
+    if get_origin(hint) is tuple:
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}[arguments[0]]
+        count = "" if arguments[-1] is ... else f"{len(arguments)} "
+        return f"a list of {count}{plural} in brackets"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]

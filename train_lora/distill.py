@@ -1,0 +1,207 @@
+"""DMD2 on one screen: the generator step and the critic step (arXiv 2405.14867, algorithm 1).
+
+The steps compute gradients and return what happened; the loop (`trainer.py`) owns the order, the
+optimizers, logging and saving. The objective speaks in sample gradients: the student's sample is
+detached, every loss gives its gradient there while its own network is active, and the sum goes
+through the student with one `backward`. Never is a role switched between a forward and its backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dmd2_core import (
+    Denoiser,
+    StepPlan,
+    add_noise,
+    coefficients,
+    denoising_loss,
+    distribution_matching_gradient,
+    distribution_matching_loss,
+    few_step_sample,
+    gan_critic_loss,
+    gan_generator_loss,
+    guided,
+    initial_sample,
+    sample_gradient,
+)
+
+from .config import Config
+from .models.components import Components
+from .models.roles import SharedUNet
+from .models.text import Condition
+
+Figures = dict[str, Tensor]
+"""Name -> scalar tensor (detached); fetched by the loop only when it logs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one iteration consumes; conditions and latents on the training device."""
+
+    condition: Condition
+    """Prompts for the student's samples, B rows."""
+    real_latents: Tensor | None = None
+    """Latents of real images, scaled: (B, 4, H/8, W/8), float32; None where nothing needs them."""
+    real_condition: Condition | None = None
+    """The real images' own captions, B rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSample:
+    """The student's images of one iteration and the prompts that they answer."""
+
+    x0: Tensor
+    """(B, 4, H/8, W/8); with its graph if the generator is updated, else detached."""
+    condition: Condition
+
+    def detached(self) -> StudentSample:
+        return StudentSample(x0=self.x0.detach(), condition=self.condition)
+
+
+def randn_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit Gaussian noise drawn on the CPU, so that every device trains alike."""
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+
+def random_timesteps(low: int, high: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """One t ~ U{low..high} per sample of `like`: (B,) int64."""
+    return torch.randint(low, high + 1, like.shape[:1], generator=generator).to(like.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distiller:
+    """The networks in their roles, and the losses between them."""
+
+    unet: SharedUNet
+    head: nn.Module
+    """Discriminator head on the critic's middle-block features."""
+    components: Components
+    plan: StepPlan
+    config: Config
+    denoiser: Denoiser[Condition] = field(init=False)
+
+    def __post_init__(self) -> None:
+        denoiser = Denoiser(self.unet, self.components.schedule, self.components.prediction)
+        object.__setattr__(self, "denoiser", denoiser)
+
+    # -- the student ------------------------------------------------------------------------------
+
+    def student_sample(
+        self, batch: Batch, step: int, generator: torch.Generator, *, with_graph: bool
+    ) -> StudentSample:
+        """One student call at `plan.timesteps[step]`, on the input that inference would give it."""
+        with self.unet.role("student"):
+            with torch.no_grad():
+                x_t, condition = self._student_input(batch, step, generator)
+            t = self.plan.times(self.plan.told(step), x_t)
+            with torch.set_grad_enabled(with_graph):
+                return StudentSample(x0=self.denoiser(x_t, t, condition), condition=condition)
+
+    def _student_input(
+        self, batch: Batch, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, Condition]:
+        """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
+        schedule, hidden = self.components.schedule, batch.condition.hidden
+        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), generator)
+        if not self.config.backward_simulation.enabled:
+            assert batch.real_latents is not None and batch.real_condition is not None
+            t = self.plan.times(self.plan.timesteps[step], eps)
+            return add_noise(schedule, batch.real_latents, eps, t), batch.real_condition
+        x_t = few_step_sample(
+            lambda x, t: self.denoiser(x, t, batch.condition),
+            initial_sample(schedule, self.plan, eps),
+            schedule,
+            self.plan,
+            noise=lambda _, like: randn_like(like, generator),
+            stop=step,
+        )
+        return x_t, batch.condition
+
+    def generator_step(self, sample: StudentSample, generator: torch.Generator) -> Figures:
+        """Accumulate the student's gradient at `sample` (eq. 2 and the generator's part of eq. 4)."""
+        x = sample.x0.detach()
+        total = torch.zeros_like(x, dtype=torch.float32)
+        figures: Figures = {"sample_mean": x.mean(), "sample_std": x.std()}
+        if self.config.distribution_matching.enabled:
+            direction = self._matching_gradient(x, sample.condition, generator)
+            loss, gradient = sample_gradient(
+                lambda s: distribution_matching_loss(s, direction), x
+            )
+            total += gradient
+            figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
+        if self.config.gan.enabled:
+            with self.unet.role("critic"):
+                loss, gradient = sample_gradient(
+                    lambda s: gan_generator_loss(self._logits(s, sample.condition, generator)), x
+                )
+            gradient = self.config.gan.generator_weight * gradient
+            total += gradient
+            figures |= {"loss/gan_generator": loss, "gradient/gan": gradient.norm()}
+        with self.unet.role("student"):  # checkpointing recomputes the forward in here
+            sample.x0.backward(total.to(sample.x0.dtype))
+        return figures
+
+    @torch.no_grad()
+    def _matching_gradient(
+        self, x: Tensor, condition: Condition, generator: torch.Generator
+    ) -> Tensor:
+        """Teacher against critic on the same noised samples; no gradient through any score."""
+        settings = self.config.distribution_matching
+        t = random_timesteps(settings.min_timestep, settings.max_timestep, x, generator)
+        x_t = add_noise(self.components.schedule, x, randn_like(x, generator), t)
+        with self.unet.role("teacher"):
+            teacher = guided(self.denoiser, settings.guidance)
+            x0_real = teacher(x_t, t, condition, condition.zeros_like())
+        with self.unet.role("critic"):
+            x0_fake = self.denoiser(x_t, t, condition)
+        return distribution_matching_gradient(x, x0_real, x0_fake)
+
+    # -- the critic -------------------------------------------------------------------------------
+
+    def critic_step(
+        self, sample: StudentSample, batch: Batch, generator: torch.Generator
+    ) -> Figures:
+        """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
+        x = sample.x0.detach()
+        figures: Figures = {}
+        loss = torch.zeros((), device=x.device)
+        with self.unet.role("critic"):
+            if self.config.distribution_matching.enabled:
+                denoising = self._denoising_loss(x, sample.condition, generator)
+                loss = loss + denoising
+                figures["loss/critic"] = denoising.detach()
+            if self.config.gan.enabled:
+                assert batch.real_latents is not None and batch.real_condition is not None
+                fake = self._logits(x, sample.condition, generator)
+                real = self._logits(batch.real_latents, batch.real_condition, generator)
+                gan = gan_critic_loss(real, fake)
+                loss = loss + self.config.gan.critic_weight * gan
+                figures |= {
+                    "loss/gan_critic": gan.detach(),
+                    "discriminator/real_accuracy": (real > 0).float().mean(),
+                    "discriminator/fake_accuracy": (fake < 0).float().mean(),
+                }
+            loss.backward()
+        return figures
+
+    def _denoising_loss(
+        self, x: Tensor, condition: Condition, generator: torch.Generator
+    ) -> Tensor:
+        """How well the critic denoises the student's samples, in the teacher's own space."""
+        schedule, prediction = self.components.schedule, self.components.prediction
+        t = random_timesteps(0, schedule.num_timesteps - 1, x, generator)
+        eps = randn_like(x, generator)
+        output = self.unet(add_noise(schedule, x, eps, t), t, condition)
+        return denoising_loss(prediction, output, x, eps, *coefficients(schedule, t, x))
+
+    def _logits(self, x: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+        """The discriminator on `x` noised at random times (sec. 4.3): (B,). In the critic's role."""
+        schedule = self.components.schedule
+        t = random_timesteps(0, schedule.num_timesteps - 1, x, generator)
+        x_t = add_noise(schedule, x, randn_like(x, generator), t)
+        logits: Tensor = self.head(self.unet.features(x_t, t, condition))
+        return logits

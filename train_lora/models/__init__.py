@@ -1,0 +1,1 @@
+"""The networks: loading, saving, names, roles on one shared base, text encoding."""

@@ -1,0 +1,121 @@
+"""A model to a diffusers folder or to one SDXL-format file that ComfyUI loads."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .components import Components
+from .convert import components_to_file
+from .infer import head_width
+from .safetensors_io import write_safetensors
+
+
+def save_diffusers_folder(components: Components, path: str | Path) -> None:
+    """A folder for `StableDiffusionXLPipeline.from_pretrained`, in the networks' own dtypes.
+
+    It appears whole or not at all; an existing folder must be empty.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    assert not getattr(components.unet, "peft_config", None), "save the base before adding adapters"
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: choose another folder or remove it")
+    pipeline = StableDiffusionXLPipeline(
+        vae=components.vae,
+        text_encoder=components.text_encoders[0],
+        text_encoder_2=components.text_encoders[1],
+        tokenizer=components.tokenizers[0],
+        tokenizer_2=components.tokenizers[1],
+        unet=components.unet,
+        scheduler=EulerDiscreteScheduler(**_scheduler_config(components)),
+        add_watermarker=False,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        pipeline.save_pretrained(Path(temporary) / "model")
+        if path.exists():
+            path.rmdir()
+        (Path(temporary) / "model").rename(path)
+
+
+def _scheduler_config(components: Components) -> dict[str, Any]:
+    """Stable Diffusion XL's own, with this model's prediction and terminal SNR."""
+    zero_snr = components.schedule.has_zero_terminal_snr
+    return {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": components.schedule.num_timesteps,
+        "prediction_type": "v_prediction"
+        if components.prediction == "v"
+        else components.prediction,
+        "rescale_betas_zero_snr": zero_snr,
+        "timestep_spacing": "trailing" if zero_snr else "leading",
+        "steps_offset": 1,
+    }
+
+
+def save_single_file(
+    components: Components, path: str | Path, *, dtype: torch.dtype = torch.float16
+) -> None:
+    """One file in SDXL's format, all tensors in `dtype` (float16 or float32).
+
+    Equal models give equal bytes. The file cannot hold the number of attention heads nor another
+    schedule than SDXL's: a model that loading it would misread is refused.
+    """
+    path = Path(path)
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"dtype is {dtype}: save in torch.float16 or torch.float32")
+    if path.exists():
+        raise ValueError(f"{path} exists: choose another name or remove it")
+    _check_conventions(components)
+    tensors = {name: tensor.to(dtype) for name, tensor in components_to_file(components).items()}
+    tensors |= {mark: torch.zeros(0, dtype=dtype) for mark in _marks(components)}
+    write_safetensors(path, tensors, _metadata(components))
+
+
+def _check_conventions(components: Components) -> None:
+    unet, encoders = components.unet.config, components.text_encoders
+    width = head_width(unet.block_out_channels[0])
+    pairs = list(zip(unet.block_out_channels, unet.attention_head_dim, strict=True))
+    pairs += [(e.config.hidden_size, e.config.num_attention_heads) for e in encoders]
+    for channels, heads in pairs:
+        if channels != heads * width:
+            raise ValueError(
+                f"{heads} attention heads on {channels} channels cannot be told from a single "
+                f"file, which means {width} channels per head: save a diffusers folder"
+            )
+
+
+def _marks(components: Components) -> list[str]:
+    """The empty tensors by which ComfyUI knows v-prediction and zero terminal SNR."""
+    kind = (components.prediction, components.schedule.has_zero_terminal_snr)
+    known = {
+        ("epsilon", False): [],
+        ("v", False): ["v_pred"],
+        ("v", True): ["v_pred", "ztsnr"],
+    }
+    if kind not in known:
+        raise ValueError(
+            f"prediction {kind[0]!r} with zero terminal SNR {kind[1]} has no mark in a single "
+            "file: save a diffusers folder"
+        )
+    return known[kind]
+
+
+def _metadata(components: Components) -> dict[str, str]:
+    side_px = components.vae.config.sample_size
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "sgm",
+        "modelspec.title": components.name,
+        "modelspec.prediction_type": components.prediction,
+        "modelspec.resolution": f"{side_px}x{side_px}",
+    }

@@ -1,0 +1,18 @@
+"""Where results go: a folder with something in it is never written to unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def check_output_directory(path: str | Path, option: str, *, overwrite: bool = False) -> Path:
+    """`path`, if it is missing, an empty folder, or `overwrite` is set; errors name `option`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, which is a file; name a folder.")
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise ValueError(
+            f"{option} is {str(path)!r}, a folder that is not empty; name another one, "
+            "or pass --overwrite to replace files of the same name."
+        )
+    return path
