@@ -3,7 +3,6 @@ PYTHON ?=
 VENV ?= .venv
 OUT ?= demo_output
 SEED ?= 0
-DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
@@ -18,8 +17,8 @@ INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation --editable
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
 
-demo: $(VENV)/.train  ## distil the embedded teacher and compare: LoRA, picture, report (OUT=DIR, SEED=N, DEMO_ARGS=--overwrite)
-	$(VENV)/bin/dmd2 demo --out $(OUT) --seed $(SEED) $(DEMO_ARGS)
+demo: $(VENV)/.train  ## distil the embedded teacher and compare: LoRA, picture, report (OUT=DIR, SEED=N)
+	$(VENV)/bin/dmd2 demo --out $(OUT) --seed $(SEED)
 
 test: $(VENV)/.test  ## the whole test suite, with a real ComfyUI (PYTEST_ARGS="-k NAME" for a part)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)

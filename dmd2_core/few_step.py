@@ -126,8 +126,8 @@ def initial_sample(
 
     `eps`: (B, C, H, W), unit Gaussian; `x0`: the image to start from if `plan.start` > 0.
     From the first step: pure noise of x_t's total scale sqrt(alpha^2 + sigma^2), which is `eps`
-    itself on VP and flow schedules and ComfyUI's start in k-diffusion space. Later: the image,
-    noised to the start. Computed in `coefficient_dtype`, result in `eps`'s dtype.
+    itself on VP schedules and at flow time 1, and ComfyUI's start in k-diffusion space. Later: the
+    image, noised to the start. Computed in `coefficient_dtype`, result in `eps`'s dtype.
     """
     if plan.start == 0:
         alpha, sigma = coefficients(schedule, plan.times(plan.told(0), eps), eps)

@@ -117,12 +117,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="distil a teacher into a LoRA",
-        usage="dmd2 train --config FILE.toml [--preset NAME] [--ablate NAME] [--overwrite] "
-        "[--key value ...]",
+        usage="dmd2 train --config FILE.toml [--preset NAME] [--ablate NAME] [--key value ...]",
         allow_abbrev=False,
     )
     _add_config_sources(command)
-    _add_overwrite(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
 
 
@@ -134,7 +132,6 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results")
     command.add_argument("--seed", type=_seed, default=0, help="seed of everything random")
-    _add_overwrite(command)
     command.set_defaults(run=_demo, takes_keys=False, parser=command)
 
 
@@ -153,7 +150,6 @@ def _add_teacher(commands: argparse._SubParsersAction) -> None:
         default="both",
         help="a diffusers folder, one SDXL-format .safetensors file, or both (default)",
     )
-    _add_overwrite(command)
     command.set_defaults(run=_teacher, takes_keys=False, parser=command)
 
 
@@ -184,20 +180,9 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(takes_keys=True, parser=command)
 
 
-def _add_overwrite(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="write into a folder that is not empty: files of the same name are replaced, "
-        "all others stay",
-    )
-
-
 def _train(arguments: argparse.Namespace) -> int:
     loaded = _load_config(arguments)
-    check_output_directory(
-        loaded.config.output.directory, "--output.directory", overwrite=arguments.overwrite
-    )
+    check_output_directory(loaded.config.output.directory, "--output.directory")
     from .trainer import train
 
     print(train(loaded.config).lora)
@@ -205,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    check_output_directory(arguments.out, "--out", overwrite=arguments.overwrite)
+    check_output_directory(arguments.out, "--out")
     from .demo.run import run_demo
 
     run_demo(arguments.out, arguments.seed)
@@ -213,11 +198,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _teacher(arguments: argparse.Namespace) -> int:
-    check_output_directory(arguments.out, "--out", overwrite=arguments.overwrite)
-    from .demo.teacher import load_components
+    check_output_directory(arguments.out, "--out")
+    from .demo.teacher import load_teacher
     from .models.saving import save_diffusers_folder, save_single_file
 
-    components = load_components()
+    components = load_teacher()
     folder, file = (
         arguments.out / "dmd2_demo_teacher",
         arguments.out / "dmd2_demo_teacher.safetensors",
@@ -287,7 +272,7 @@ def _seed(text: str) -> int:
 def _user_sentence(error: Exception) -> str | None:
     """The sentence for an error that the user can mend; None for ours, which keeps its traceback.
 
-    A ValueError counts if our own code raised it on purpose, not if it escaped from a library.
+    A ValueError counts if our own code raised it, not if it escaped from a library.
     """
     if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_LIBRARIES:
         return (
@@ -296,7 +281,7 @@ def _user_sentence(error: Exception) -> str | None:
         )
     if isinstance(error, OSError):
         return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."
-    if isinstance(error, ValueError) and _raised_by_us(error):
+    if isinstance(error, ValueError | FloatingPointError) and _raised_by_us(error):
         return " ".join(str(error).split())
     return None
 

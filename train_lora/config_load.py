@@ -112,7 +112,9 @@ def resolve_key(name: str) -> str:
 
 def nearest_key(name: str) -> str:
     """The known key that is spelled most like `name`, which may lack its section."""
-    candidates = {full if "." in name else full.partition(".")[2]: full for full in TYPES}
+    candidates: dict[str, str] = {}
+    for full in TYPES:
+        candidates.setdefault(full if "." in name else full.partition(".")[2], full)
     closest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
     return candidates[closest]
 

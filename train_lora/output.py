@@ -12,7 +12,7 @@ def check_output_directory(path: str | Path, option: str, *, overwrite: bool = F
         raise ValueError(f"{option} is {str(path)!r}, which is a file; name a folder.")
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise ValueError(
-            f"{option} is {str(path)!r}, a folder that is not empty; name another one, "
-            "or pass --overwrite to replace files of the same name."
+            f"{option} is {str(path)!r}, a folder that is not empty; "
+            "name another one, or move this one away."
         )
     return path

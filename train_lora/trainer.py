@@ -197,9 +197,7 @@ class Trainer:
             iteration >= critic.warmup_iterations
             and (iteration - critic.warmup_iterations) % critic.updates_per_generator == 0
         )
-        # The same step on every rank and in every micro-batch (spec: backward simulation).
-        generator = derived_generator(settings.seed, STEP_STREAM, iteration)
-        step = int(torch.randint(len(self.distiller.plan.timesteps), (), generator=generator))
+        step = self.step_index(iteration)
         figures: Figures = {}
         consumed = []
         for micro in range(settings.gradient_accumulation_steps):
@@ -219,6 +217,11 @@ class Trainer:
                 figures |= self.distiller.critic_step(sample, batch, noise)
         self._apply(self.critic, "critic", figures, iteration)
         return figures
+
+    def step_index(self, iteration: int) -> int:
+        """Where backward simulation stops: the same on every rank and in every micro-batch."""
+        generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
+        return int(torch.randint(len(self.distiller.plan.timesteps), (), generator=generator))
 
     def _batch_and_noise(self, iteration: int, micro: int) -> tuple[Any, torch.Generator]:
         settings, ranks = self.config.training, self.accelerator.num_processes

@@ -102,10 +102,11 @@ def sampling_graph(
         model, recipe = loader[0], {"recipe": loader[1]}
         names["report"] = graph.add("PreviewAny", source=loader[2]).name
     if one_step is not None:
-        model = graph.add("DMD2_ConditioningTimestep", model=model, timestep=one_step)[0]
+        patch = graph.add("DMD2_ConditioningTimestep", model=model, timestep=one_step, **recipe)
+        model = patch[0]
     num_steps = 1 if one_step is not None else 4
     if stock is None:
-        widgets = {"steps": 1 if one_step is not None else 0, "timesteps": "", "start_step": 0}
+        widgets = {"steps": 0, "timesteps": "", "start_step": 0}
         sigmas = graph.add("DMD2_Scheduler", model=model, **recipe, **widgets | (scheduler or {}))
         widgets = {"strength": 1.0, "seed_offset": 0, "noise": "per image"}
         solver = graph.add("DMD2_Sampler", **recipe, **widgets | (sampler or {}))
@@ -124,6 +125,7 @@ def sampling_graph(
         latent_image=empty[0],
     )
     decoded = graph.add("VAEDecode", samples=sampled[0], vae=checkpoint[2])
+    names["sampled"] = sampled.name
     names["latent"] = graph.add("SaveLatent", samples=sampled[0], filename_prefix="latents/t").name
     names["image"] = graph.add("SaveImage", images=decoded[0], filename_prefix="t").name
     return graph, names

@@ -24,6 +24,7 @@ SIZE_PX = architecture.UNET_CONFIG["sample_size"] * 8
 ONE_STEP_LORA, PLAIN_LORA = "one_step.safetensors", "no_recipe.safetensors"
 WIDE_LORA, FOREIGN_LORA = "wide.safetensors", "foreign.safetensors"
 DAMAGED_LORA, PARTIAL_LORA = "damaged.safetensors", "partial.safetensors"
+V_LORA, DIFFUSERS_LORA = "v_prediction.safetensors", "diffusers_names.safetensors"
 NUM_UNKNOWN = 2
 
 
@@ -69,9 +70,24 @@ def build(models: Path) -> TinyModel:
     export_lora(student, STUDENT, loras / LORA, recipe)
     one_step = Recipe(timesteps=(999,), conditioning_timestep=399)
     export_lora(student, STUDENT, loras / ONE_STEP_LORA, one_step)
+    zero_snr = Recipe(timesteps=(999, 499), prediction="v", zero_terminal_snr=True)
+    export_lora(student, STUDENT, loras / V_LORA, zero_snr)
+    _write_with_diffusers_names(student, loras / DIFFUSERS_LORA)
     _write_variants(loras)
     modules = len(student.modules_with_adapter)
     return TinyModel(components=components, student=student, num_modules=modules)
+
+
+def _write_with_diffusers_names(student: SharedUNet, path: Path) -> None:
+    """The same weights in the published DMD2 LoRA's form: no recipe, diffusers' module names."""
+    tensors = {}
+    for name, weight in student.role_state_dict(STUDENT).items():
+        module, kind = name.removesuffix(".weight").rsplit(".", 1)
+        flat = "lora_unet_" + module.replace(".", "_")
+        end = {"lora_A": "lora_down", "lora_B": "lora_up"}[kind]
+        tensors[f"{flat}.{end}.weight"] = weight.half().contiguous()
+        tensors[f"{flat}.alpha"] = torch.tensor(ALPHA)
+    save_file(tensors, path)
 
 
 def _write_variants(loras: Path) -> None:

@@ -2,7 +2,7 @@
 
 The student is G(z) = A z + b on samples z of a mixture; its diffused density p_t and the teacher's
 q_t are mixtures too, so KL(p_t || q_t) is an integral over the plane that autograd differentiates
-by A and b. DMD's claim (arXiv 2311.18828, eq. 3): that gradient is
+by A and b. DMD's claim (arXiv 2311.18828, eq. 7): that gradient is
 E[alpha_t * (score_fake - score_real) * dG], with alpha_t * (score_fake - score_real)
 = alpha_t^2 / sigma_t^2 * (x0_fake - x0_real), our gradient without its normaliser.
 """

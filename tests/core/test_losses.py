@@ -46,13 +46,13 @@ def test_matching_gradient_is_per_sample_and_scale_free() -> None:
 
 
 def test_matching_gradient_of_undefined_samples_is_zero() -> None:
-    x, real, fake = randn(3, 3, 1, 2, 2)
-    real[0] = x[0]
-    fake[0] = x[0]  # 0 / 0
-    real[1, 0, 0, 0] = torch.nan
+    x, real, fake = randn(3, 4, 1, 2, 2)
+    real[0] = fake[0] = x[0]  # 0 / 0
+    real[1] = x[1]  # something / 0
+    real[2, 0, 0, 0] = torch.nan
     gradient = distribution_matching_gradient(x, real, fake)
-    assert torch.equal(gradient[:2], torch.zeros(2, 1, 2, 2).double())
-    assert (gradient[2] != 0).all()
+    assert torch.equal(gradient[:3], torch.zeros(3, 1, 2, 2).double())
+    assert (gradient[3] != 0).all()
 
 
 def test_matching_gradient_in_bf16_is_computed_in_float32() -> None:

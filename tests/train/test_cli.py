@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,14 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def fake_module(monkeypatch):
-    """Puts a stand-in for a lazily imported module of the trainer into place."""
+def stand_in(monkeypatch):
+    """Replaces a function that the command imports when it runs; its signature stays."""
 
-    def put(name: str, **members) -> None:
-        module = types.ModuleType(name)
-        for member, value in members.items():
-            setattr(module, member, value)
-        monkeypatch.setitem(sys.modules, name, module)
+    def put(name: str, does: Callable[..., Any]) -> None:
+        module, _, function = name.rpartition(".")
+        real = getattr(importlib.import_module(module), function)
+        monkeypatch.setattr(name, mock.create_autospec(real, side_effect=does))
 
     return put
 
@@ -52,7 +55,7 @@ def failure(capsys, *argv: str) -> str:
         (["train", "--preset", "demo", "--iterations", "-1"], "training.iterations is -1"),
         (["train", "--preset", "demo", "--iterations=0"], "training.iterations is 0"),
         (["train", "--preset", "demo", "--iterations"], "--iterations has no value"),
-        (["train", "--preset", "demo", "--gan.enabled", "--overwrite"], "has no value"),
+        (["train", "--preset", "demo", "--gan.enabled", "--rank=3"], "has no value"),
         (["train", "--preset", "demo", "stray"], "'stray'"),
         (["train", "--preset", "demo", "--timesteps", "499,999"], "must descend"),
         (["train", "--preset", "demo", "--timesteps", "1000,1"], "at most 999"),
@@ -90,15 +93,16 @@ def test_output_directories(tmp_path):
     assert check_output_directory(tmp_path / "new", "--out") == tmp_path / "new"
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
-    assert check_output_directory(tmp_path, "--out", overwrite=True) == tmp_path
     with pytest.raises(ValueError, match=r"--out is .*file', which is a file; name a folder"):
-        check_output_directory(tmp_path / "file", "--out", overwrite=True)
+        check_output_directory(tmp_path / "file", "--out")
+    with pytest.raises(ValueError, match=r"--out is .* not empty; name another one"):
+        check_output_directory(tmp_path, "--out")
 
 
-def test_train_hands_the_configuration_over(capsys, tmp_path, fake_module):
+def test_train_hands_the_configuration_over(capsys, tmp_path, stand_in):
     seen = []
     result = types.SimpleNamespace(lora=Path("a/lora"))
-    fake_module("train_lora.trainer", train=lambda config: seen.append(config) or result)
+    stand_in("train_lora.trainer.train", lambda config: seen.append(config) or result)
     out = str(tmp_path / "run")
     argv = ["train", "--preset", "demo", "--directory", out, "--ablate", "no-gan", "--ablate"]
     assert cli.main([*argv, "critic-1to1", "--student.rank", "4"]) == 0
@@ -110,11 +114,10 @@ def test_train_hands_the_configuration_over(capsys, tmp_path, fake_module):
     assert config.critic.updates_per_generator == 1
 
 
-def test_demo_hands_folder_and_seed_over(tmp_path, fake_module):
+def test_demo_hands_folder_and_seed_over(tmp_path, stand_in):
     seen = []
-    fake_module("train_lora.demo.run", run_demo=lambda out, seed: seen.append((out, seed)))
-    (tmp_path / "old").touch()
-    assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7", "--overwrite"]) == 0
+    stand_in("train_lora.demo.run.run_demo", lambda out, seed: seen.append((out, seed)))
+    assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7"]) == 0
     assert seen == [(tmp_path, 7)]
 
 
@@ -126,13 +129,11 @@ def test_demo_hands_folder_and_seed_over(tmp_path, fake_module):
         ("both", ["dmd2_demo_teacher", "dmd2_demo_teacher.safetensors"]),
     ],
 )
-def test_teacher_writes_the_forms_asked_for(capsys, tmp_path, fake_module, form, written):
-    fake_module("train_lora.demo.teacher", load_components=lambda: "components")
-    fake_module(
-        "train_lora.models.saving",
-        save_diffusers_folder=lambda components, path: path.mkdir(),
-        save_single_file=lambda components, path: path.write_text(components),
-    )
+def test_teacher_writes_the_forms_asked_for(capsys, tmp_path, stand_in, form, written):
+    saving = "train_lora.models.saving"
+    stand_in("train_lora.demo.teacher.load_teacher", lambda: "components")
+    stand_in(f"{saving}.save_diffusers_folder", lambda components, path: path.mkdir())
+    stand_in(f"{saving}.save_single_file", lambda components, path: path.write_text(components))
     out = tmp_path / "out"
     assert cli.main(["teacher", "--out", str(out), "--format", form]) == 0
     assert sorted(path.name for path in out.iterdir()) == written
@@ -151,24 +152,25 @@ def test_config_show_and_keys(capsys):
     ("error", "sentence"),
     [
         (FileNotFoundError("The file x is missing; name another."), "The file x is missing"),
+        (FloatingPointError("The loss is not finite."), "The loss is not finite."),
         (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x."),
         (ModuleNotFoundError("No module", name="peft"), "peft is not installed"),
     ],
 )
-def test_errors_of_the_users_making_while_training(capsys, tmp_path, fake_module, error, sentence):
+def test_errors_of_the_users_making_while_training(capsys, tmp_path, stand_in, error, sentence):
     def train(config):
         raise error
 
-    fake_module("train_lora.trainer", train=train)
+    stand_in("train_lora.trainer.train", train)
     argv = ["train", "--preset", "demo", "--directory", str(tmp_path / "run")]
     assert sentence in failure(capsys, *argv)
 
 
-def test_our_own_mistakes_keep_their_traceback(tmp_path, fake_module):
+def test_our_own_mistakes_keep_their_traceback(tmp_path, stand_in):
     def train(config):  # the ValueError comes from outside our packages
         raise ValueError("not enough values to unpack")
 
-    fake_module("train_lora.trainer", train=train)
+    stand_in("train_lora.trainer.train", train)
     with pytest.raises(ValueError, match="not enough values"):
         cli.main(["train", "--preset", "demo", "--directory", str(tmp_path / "run")])
 
@@ -181,11 +183,11 @@ def test_traceback_on_request(capsys, monkeypatch):
     assert error.splitlines()[-1].startswith("dmd2: error: model.path")
 
 
-def test_interrupt(capsys, tmp_path, fake_module):
+def test_interrupt(capsys, tmp_path, stand_in):
     def train(config):
         raise KeyboardInterrupt
 
-    fake_module("train_lora.trainer", train=train)
+    stand_in("train_lora.trainer.train", train)
     assert cli.main(["train", "--preset", "demo", "--directory", str(tmp_path / "run")]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from train_lora.distill import Batch, Distiller
 from train_lora.models.components import Components
 from train_lora.models.roles import LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
+from train_lora.models.tokenizer import build_tokenizers
 
 
 def demo_config(directory: Path, **overrides: Any) -> Config:
@@ -26,14 +27,15 @@ def demo_config(directory: Path, **overrides: Any) -> Config:
 
 
 def random_components(seed: int = 0) -> Components:
-    """UNet and VAE of the embedded teacher's shape with random weights; no text encoders."""
+    """Networks of the embedded teacher's shape with random weights."""
     torch.manual_seed(seed)
     unet, vae = architecture.build_unet(), architecture.build_vae()
-    for network in (unet, vae):
+    encoders = architecture.build_text_encoders()
+    for network in (unet, vae, *encoders):
         network.eval().requires_grad_(False)
     return Components(
-        unet=unet, vae=vae, text_encoders=[], tokenizers=[], schedule=VPSchedule.sdxl(),
-        prediction="epsilon", base_hash="0" * 64, name="random",
+        unet=unet, vae=vae, text_encoders=list(encoders), tokenizers=build_tokenizers(),
+        schedule=VPSchedule.sdxl(), prediction="epsilon", base_hash="0" * 64, name="random",
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _demo_captions(count: int = 2048) -> list[str]:
     return [scene.caption for scene in scenes.random_scenes(count, generator)]
 
 
-def _demo_images(count: int = 2048) -> tuple[Tensor, list[str]]:
+def _demo_images(count: int = 768) -> tuple[Tensor, list[str]]:
     from ..demo import scenes
 
     generator = torch.Generator().manual_seed(derived_seed(1))

@@ -19,7 +19,7 @@ from dmd2_core import StepPlan
 from ..config import Config
 from ..config_load import load
 from ..data.training_data import encode_captions
-from ..export import load_student
+from ..export import shared_unet_with_lora
 from ..models.components import Components
 from ..models.roles import STUDENT, TEACHER, SharedUNet
 from ..models.text import Condition
@@ -65,7 +65,8 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> None:
     lora = result.lora.rename(out / LORA_NAME)
     peak_mb = peak_memory_mb()  # of the distillation; the measurements come after it
     components = load_teacher()
-    unet, recipe = load_student(components, lora)
+    unet, recipe = shared_unet_with_lora(components.unet, lora)
+    assert recipe is not None
     systems = {
         "teacher_50": System(role=TEACHER, plan=StepPlan.evenly(50), strength=0.0,
                              guidance=config.distribution_matching.guidance),

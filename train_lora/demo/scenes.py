@@ -46,6 +46,7 @@ PLACES = {
     "centre": (0.0, 0.0),
 }
 PLACE_JITTER = 0.12
+NUM_DOTS = 6  # along each side
 
 # Attribute name -> its values in label order: what captions name and the classifier recognises.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -187,28 +188,30 @@ def _paint_backgrounds(
     frequency = _uniform(count, 8.0, 12.0, generator)  # radians per half picture width
     phase = _uniform(count, 0, 2 * math.pi, generator), _uniform(count, 0, 2 * math.pi, generator)
     wave = (frequency * u + phase[0]).sin(), (frequency * v + phase[1]).sin()
-    patterns = {
-        "plain": torch.full_like(x, 0.0),
-        "striped": (0.5 + 3 * wave[0]).clamp(0, 1),
-        "checkered": (0.5 + 4 * wave[0] * wave[1]).clamp(0, 1),
-        "dotted": _scattered_dots(x, y, generator),
-    }
-    mix = torch.stack([patterns[scene.pattern][i] for i, scene in enumerate(scenes)])
+    scatter = torch.rand(count, 2, NUM_DOTS, NUM_DOTS, generator=generator)
+    mix = torch.zeros_like(x)
+    for i, scene in enumerate(scenes):
+        if scene.pattern == "striped":
+            mix[i] = (0.5 + 3 * wave[0][i]).clamp(0, 1)
+        elif scene.pattern == "checkered":
+            mix[i] = (0.5 + 4 * wave[0][i] * wave[1][i]).clamp(0, 1)
+        elif scene.pattern == "dotted":
+            mix[i] = _scattered_dots(x[i], y[i], scatter[i])
     return torch.lerp(dark[:, :, None, None], bright[:, :, None, None], mix[:, None])
 
 
-def _scattered_dots(
-    x: torch.Tensor, y: torch.Tensor, generator: torch.Generator, cells: int = 6
-) -> torch.Tensor:
-    """One dot at a random place of each cell of a 6 x 6 grid: (B, H, W) in [0, 1]."""
-    count = x.shape[0]
+def _scattered_dots(x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """One dot at a random place of each cell of a square grid: (H, W) in [0, 1].
+
+    x, y: (H, W) coordinates; scatter: (2, cells, cells) in [0, 1], the place within each cell.
+    """
+    cells = scatter.shape[-1]
     cell = 2 / cells
     corner = torch.arange(cells) * cell - 1
-    offset = cell * (0.25 + 0.5 * torch.rand(count, 2, cells, cells, generator=generator))
-    centre_x = (corner[None, None, :] + offset[:, 0]).flatten(1)
-    centre_y = (corner[None, :, None] + offset[:, 1]).flatten(1)
-    nearest = torch.full_like(x, torch.inf)
-    for i in range(cells * cells):
-        squared = (x - centre_x[:, i, None, None]) ** 2 + (y - centre_y[:, i, None, None]) ** 2
-        nearest = torch.minimum(nearest, squared)
+    offset = cell * (0.25 + 0.5 * scatter)
+    centre_x = (corner[None, :] + offset[0]).flatten()[:, None]
+    centre_y = (corner[:, None] + offset[1]).flatten()[:, None]
+    squared_x = (x[0][None] - centre_x) ** 2
+    squared_y = (y[:, 0][None] - centre_y) ** 2
+    nearest = (squared_x[:, None, :] + squared_y[:, :, None]).amin(0)
     return (0.5 - (nearest.sqrt() - 0.085) * (IMAGE_PX / 2)).clamp(0, 1)

@@ -61,7 +61,8 @@ class SharedUNet(nn.Module):
     ) -> None:
         """`adapters`: role name -> size; "down" drawn from (seed, role, module), "up" zero."""
         super().__init__()
-        assert TEACHER not in adapters and not getattr(unet, "peft_config", None)
+        assert TEACHER not in adapters
+        assert not getattr(unet, "peft_config", None), "a UNet is shared once"
         self.unet = unet.requires_grad_(False)
         self.adapters = dict(adapters)
         self._base_dtype = unet.conv_in.weight.dtype

@@ -21,7 +21,7 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    assert not getattr(components.unet, "peft_config", None), "save the base before adding adapters"
+    assert not getattr(components.unet, "peft_config", None), "save before adding adapters"
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: choose another folder or remove it")
