@@ -3,7 +3,7 @@
 The steps compute gradients and return what happened; the loop (`trainer.py`) owns the order, the
 optimizers, logging and saving. The objective speaks in sample gradients: the student's sample is
 detached, every loss gives its gradient there while its own network is active, and the sum goes
-through the student with one `backward`. Never is a role switched between a forward and its backward.
+through the student with one `backward`. No role is switched between a forward and its backward.
 """
 
 from __future__ import annotations
@@ -39,15 +39,22 @@ Figures = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RealImages:
+    """Real images for the discriminator, with their own captions."""
+
+    latents: Tensor
+    """Scaled: (B, 4, H/8, W/8), float32."""
+    condition: Condition
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """What one iteration consumes; conditions and latents on the training device."""
 
     condition: Condition
     """Prompts for the student's samples, B rows."""
-    real_latents: Tensor | None = None
-    """Latents of real images, scaled: (B, 4, H/8, W/8), float32; None where nothing needs them."""
-    real_condition: Condition | None = None
-    """The real images' own captions, B rows."""
+    real: RealImages | None = None
+    """B real images; None where neither the GAN nor the student's input needs them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +115,9 @@ class Distiller:
         schedule, hidden = self.components.schedule, batch.condition.hidden
         eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), generator)
         if not self.config.backward_simulation.enabled:
-            assert batch.real_latents is not None and batch.real_condition is not None
+            assert batch.real is not None
             t = self.plan.times(self.plan.timesteps[step], eps)
-            return add_noise(schedule, batch.real_latents, eps, t), batch.real_condition
+            return add_noise(schedule, batch.real.latents, eps, t), batch.real.condition
         x_t = few_step_sample(
             lambda x, t: self.denoiser(x, t, batch.condition),
             initial_sample(schedule, self.plan, eps),
@@ -122,15 +129,13 @@ class Distiller:
         return x_t, batch.condition
 
     def generator_step(self, sample: StudentSample, generator: torch.Generator) -> Figures:
-        """Accumulate the student's gradient at `sample` (eq. 2 and the generator's part of eq. 4)."""
+        """Accumulate the student's gradient at `sample` (eq. 2 and its own part of eq. 4)."""
         x = sample.x0.detach()
         total = torch.zeros_like(x, dtype=torch.float32)
         figures: Figures = {"sample_mean": x.mean(), "sample_std": x.std()}
         if self.config.distribution_matching.enabled:
             direction = self._matching_gradient(x, sample.condition, generator)
-            loss, gradient = sample_gradient(
-                lambda s: distribution_matching_loss(s, direction), x
-            )
+            loss, gradient = sample_gradient(lambda s: distribution_matching_loss(s, direction), x)
             total += gradient
             figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
         if self.config.gan.enabled:
@@ -175,9 +180,10 @@ class Distiller:
                 loss = loss + denoising
                 figures["loss/critic"] = denoising.detach()
             if self.config.gan.enabled:
-                assert batch.real_latents is not None and batch.real_condition is not None
-                fake = self._logits(x, sample.condition, generator)
-                real = self._logits(batch.real_latents, batch.real_condition, generator)
+                assert batch.real is not None
+                both = torch.cat([batch.real.latents, x])
+                captions = Condition.cat([batch.real.condition, sample.condition])
+                real, fake = self._logits(both, captions, generator).chunk(2)
                 gan = gan_critic_loss(real, fake)
                 loss = loss + self.config.gan.critic_weight * gan
                 figures |= {
@@ -199,7 +205,7 @@ class Distiller:
         return denoising_loss(prediction, output, x, eps, *coefficients(schedule, t, x))
 
     def _logits(self, x: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
-        """The discriminator on `x` noised at random times (sec. 4.3): (B,). In the critic's role."""
+        """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""
         schedule = self.components.schedule
         t = random_timesteps(0, schedule.num_timesteps - 1, x, generator)
         x_t = add_noise(schedule, x, randn_like(x, generator), t)

@@ -84,9 +84,7 @@ def step_plan(config: Config) -> StepPlan:
         return StepPlan(
             timesteps=sampling.timesteps, conditioning_timestep=sampling.conditioning_timestep
         )
-    return StepPlan.evenly(
-        sampling.steps, conditioning_timestep=sampling.conditioning_timestep
-    )
+    return StepPlan.evenly(sampling.steps, conditioning_timestep=sampling.conditioning_timestep)
 
 
 def build_trainer(
@@ -240,7 +238,7 @@ class Trainer:
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"The {name}'s gradient is {norm.item()} at iteration {iteration}: lower "
-                f"{name}.learning_rate, or train in mixed_precision = \"no\"."
+                f'{name}.learning_rate, or train in mixed_precision = "no".'
             )
 
     def export(self, path: Path) -> None:

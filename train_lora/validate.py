@@ -33,9 +33,7 @@ class Validation:
         settings = config.validation
         self.config, self.distiller, self.average = config, distiller, average
         prompts = settings.prompts or captions[: settings.num_prompts]
-        self.condition = encode_captions(
-            distiller.components, prompts, config.data.resolution_px
-        )
+        self.condition = encode_captions(distiller.components, prompts, config.data.resolution_px)
         self._teacher_row: Tensor | None = None
 
     def is_due(self, iteration: int) -> bool:

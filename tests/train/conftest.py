@@ -44,7 +44,9 @@ def shared_components() -> Components:
 def components(shared_components: Components) -> Components:
     """The tiny model; its UNet may be changed, the rest is shared by all tests."""
     unet = copy.deepcopy(shared_components.unet)
-    fields = {name: getattr(shared_components, name) for name in shared_components.__dataclass_fields__}
+    fields = {
+        name: getattr(shared_components, name) for name in shared_components.__dataclass_fields__
+    }
     return Components(**(fields | {"unet": unet}))
 
 

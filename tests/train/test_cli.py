@@ -152,7 +152,6 @@ def test_config_show_and_keys(capsys):
     ("error", "sentence"),
     [
         (FileNotFoundError("The file x is missing; name another."), "The file x is missing"),
-        (FloatingPointError("The loss is not finite."), "The loss is not finite."),
         (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x."),
         (ModuleNotFoundError("No module", name="peft"), "peft is not installed"),
     ],

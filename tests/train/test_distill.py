@@ -17,7 +17,7 @@ from dmd2_core import (
     initial_sample,
     to_x0,
 )
-from train_lora.distill import Batch, Distiller, random_timesteps, randn_like
+from train_lora.distill import Batch, Distiller, randn_like, random_timesteps
 
 from .tiny import demo_config, random_batch, random_distiller
 
@@ -64,7 +64,7 @@ def test_generator_gradient_equals_one_graph_through_separate_networks(
         alpha, sigma = coefficients(schedule, t, x_t)
         return to_x0("epsilon", unet(x_t, t, told), x_t, alpha, sigma)
 
-    x = randn_like(batch.real_latents, draws)
+    x = randn_like(batch.real.latents, draws)
     reference.unet._activate("student")
     with torch.no_grad():
         for t_now, t_next in ((999, 749), (749, 499)):
@@ -126,7 +126,7 @@ def test_backward_simulation_stops_where_inference_passes_through(
     sample = distiller.student_sample(batch, STEP, draws, with_graph=False)
     schedule, plan = distiller.components.schedule, distiller.plan
     replay = generator()
-    eps = randn_like(batch.real_latents, replay)
+    eps = randn_like(batch.real.latents, replay)
     seen = {}
     with torch.no_grad(), distiller.unet.role("student"):
         few_step_sample(
@@ -134,9 +134,9 @@ def test_backward_simulation_stops_where_inference_passes_through(
             initial_sample(schedule, plan, eps),
             schedule,
             plan,
-            noise=lambda step, like: randn_like(like, replay)
-            if step <= STEP
-            else SeededNoise(0)(step, like),
+            noise=lambda step, like: (
+                randn_like(like, replay) if step <= STEP else SeededNoise(0)(step, like)
+            ),
             callback=lambda step, x_t, x0: seen.update({step: x0}),
         )
     assert torch.equal(sample.x0, seen[STEP])
@@ -150,12 +150,12 @@ def test_without_backward_simulation_the_input_is_a_noised_real_latent(
     x_t, condition = distiller._student_input(batch, STEP, generator())
     expected = add_noise(
         distiller.components.schedule,
-        batch.real_latents,
-        randn_like(batch.real_latents, generator()),
+        batch.real.latents,
+        randn_like(batch.real.latents, generator()),
         torch.full((2,), 499),
     )
     assert torch.equal(x_t, expected)
-    assert condition is batch.real_condition
+    assert condition is batch.real.condition
 
 
 @pytest.mark.parametrize(

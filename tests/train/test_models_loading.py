@@ -127,17 +127,17 @@ def test_what_a_single_file_cannot_say_is_refused(components, tmp_path):
     components.unet.register_to_config(attention_head_dim=(2, 2, 3))
     with pytest.raises(ValueError, match="2 attention heads on 32 channels"):
         save_single_file(components, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="dtype is torch.bfloat16: save in"):
+    with pytest.raises(ValueError, match=r"dtype is .*bfloat16: save in"):
         save_single_file(components, tmp_path / "a.safetensors", dtype=torch.bfloat16)
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(components, file, tmp_path):
+def test_nothing_is_overwritten(components, file):
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"model.safetensors exists: choose another name"):
         save_single_file(components, file)
     with pytest.raises(ValueError, match="exists and is not empty: choose another folder"):
-        save_diffusers_folder(components, tmp_path)
+        save_diffusers_folder(components, file.parent)
     with pytest.raises(ValueError, match="exists and is not empty"):
         save_diffusers_folder(components, file)
     assert file.read_bytes() == before

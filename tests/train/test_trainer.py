@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from train_lora.average import WeightAverage
 from train_lora.data.order import shuffled_indices
 from train_lora.data.training_data import TrainingData
+from train_lora.distill import RealImages
 from train_lora.trainer import Trainer, build_trainer
 
 from .tiny import demo_config, random_components, random_condition
@@ -29,8 +30,10 @@ def small_trainer(directory: Path, **overrides: object) -> Trainer:
     data = TrainingData(
         captions=["a scene"] * 6,
         condition=random_condition(6, generator),
-        real_latents=torch.randn(5, 4, 16, 16, generator=generator),
-        real_condition=random_condition(5, generator),
+        real=RealImages(
+            latents=torch.randn(5, 4, 16, 16, generator=generator),
+            condition=random_condition(5, generator),
+        ),
     )
     return build_trainer(config, random_components(), data, Accelerator(cpu=True))
 

@@ -11,7 +11,7 @@ from dmd2_core import MiddleBlockHead, StepPlan, VPSchedule
 from train_lora.config import Config
 from train_lora.config_load import load
 from train_lora.demo import architecture
-from train_lora.distill import Batch, Distiller
+from train_lora.distill import Batch, Distiller, RealImages
 from train_lora.models.components import Components
 from train_lora.models.roles import LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
@@ -21,9 +21,7 @@ from train_lora.models.tokenizer import build_tokenizers
 def demo_config(directory: Path, **overrides: Any) -> Config:
     """The demo preset with `section__key=value` overrides."""
     pairs = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
-    return load(
-        preset="demo", overrides=[("output.directory", str(directory)), *pairs]
-    ).config
+    return load(preset="demo", overrides=[("output.directory", str(directory)), *pairs]).config
 
 
 def random_components(seed: int = 0) -> Components:
@@ -51,8 +49,10 @@ def random_condition(count: int, generator: torch.Generator) -> Condition:
 def random_batch(count: int, generator: torch.Generator) -> Batch:
     return Batch(
         condition=random_condition(count, generator),
-        real_latents=torch.randn(count, 4, 16, 16, generator=generator),
-        real_condition=random_condition(count, generator),
+        real=RealImages(
+            latents=torch.randn(count, 4, 16, 16, generator=generator),
+            condition=random_condition(count, generator),
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmd2_core import derived_seed
 
 from ..config import Config
-from ..distill import Batch
+from ..distill import Batch, RealImages
 from ..models.components import Components
 from ..models.text import Condition, encode_prompts
 from ..sampling import encode_images
@@ -28,22 +28,23 @@ class TrainingData:
     """Conditions and latents of all samples, on the training device."""
 
     captions: Sequence[str]
+    """The training prompts; `condition` has a row for each."""
     condition: Condition
-    real_latents: Tensor | None
-    real_condition: Condition | None
+    real: RealImages | None = None
+    """Every real image; None where the configuration needs none."""
 
     def batch(self, *, first: int, size: int, seed: int) -> Batch:
         """Samples `first` .. `first + size - 1` of the shuffled order; prompts and images apart."""
         prompts = shuffled_indices(len(self.condition), first, size, derived_seed(seed, 0))
         condition = self.condition[prompts]
-        if self.real_latents is None or self.real_condition is None:
+        if self.real is None:
             return Batch(condition=condition)
-        images = shuffled_indices(len(self.real_latents), first, size, derived_seed(seed, 1))
-        return Batch(
-            condition=condition,
-            real_latents=self.real_latents[images.to(self.real_latents.device)],
-            real_condition=self.real_condition[images],
+        latents = self.real.latents
+        images = shuffled_indices(len(latents), first, size, derived_seed(seed, 1))
+        real = RealImages(
+            latents=latents[images.to(latents.device)], condition=self.real.condition[images]
         )
+        return Batch(condition=condition, real=real)
 
 
 def encode_captions(
@@ -67,9 +68,7 @@ def load_training_data(config: Config, components: Components) -> TrainingData:
     captions = _demo_captions() if settings.prompts == DEMO else read_prompts(settings.prompts)
     condition = encode_captions(components, captions, settings.resolution_px)
     if settings.real_images is None or not config.needs_real_images:
-        return TrainingData(
-            captions=captions, condition=condition, real_latents=None, real_condition=None
-        )
+        return TrainingData(captions=captions, condition=condition)
     if settings.real_images == DEMO:
         images, image_captions = _demo_images()
     else:
@@ -77,14 +76,12 @@ def load_training_data(config: Config, components: Components) -> TrainingData:
             Path(settings.real_images), settings.resolution_px
         )
     device = condition.hidden.device
-    latents = torch.cat(
-        [encode_images(components, chunk.to(device)) for chunk in images.split(64)]
-    )
+    latents = torch.cat([encode_images(components, chunk.to(device)) for chunk in images.split(64)])
+    real_condition = encode_captions(components, image_captions, settings.resolution_px)
     return TrainingData(
         captions=captions,
         condition=condition,
-        real_latents=latents,
-        real_condition=encode_captions(components, image_captions, settings.resolution_px),
+        real=RealImages(latents=latents, condition=real_condition),
     )
 
 
@@ -100,7 +97,5 @@ def _demo_images(count: int = 768) -> tuple[Tensor, list[str]]:
 
     generator = torch.Generator().manual_seed(derived_seed(1))
     drawn = scenes.random_scenes(count, generator)
-    images = torch.cat(
-        [scenes.draw(drawn[i : i + 256], generator) for i in range(0, count, 256)]
-    )
+    images = torch.cat([scenes.draw(drawn[i : i + 256], generator) for i in range(0, count, 256)])
     return images, [scene.caption for scene in drawn]

@@ -76,7 +76,7 @@ def build_vae() -> AutoencoderKL:
 def build_text_encoders(
     vocabulary: int = CLIP_TOKENS,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Encoders L and G; a smaller `vocabulary` keeps its last two ids as the start and end tokens."""
+    """Encoders L and G; the last two ids of the `vocabulary` are the start and end tokens."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     ids = {

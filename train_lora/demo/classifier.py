@@ -5,6 +5,7 @@ Trained on drawn scenes by `make_classifier.py`; it never sees a generated pictu
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class SceneClassifier(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 48, 64, 64)
         stages = []
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in pairwise(widths):
             stages += [nn.Conv2d(narrow, wide, 3, 2, 1), nn.GroupNorm(8, wide), nn.SiLU()]
         self.body = nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 4 * 4, FEATURES))
         self.heads = nn.ModuleDict(

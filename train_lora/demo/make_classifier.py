@@ -1,4 +1,4 @@
-"""Train the metrics' classifier on drawn scenes: `python -m train_lora.demo.make_classifier OUT`."""
+"""Train the metrics' classifier: `python -m train_lora.demo.make_classifier OUT.safetensors`."""
 
 from __future__ import annotations
 

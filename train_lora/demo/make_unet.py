@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 -m train_lora.demo.make_unet VAE.safetensors OUT.safetensors
 
 Epsilon prediction on SDXL's schedule, min-SNR-5 weighting, 10% of the conditions zeroed (SDXL's
-unconditional branch), exponential moving average of the weights. Only
-the tokens that captions use have rows in the token tables. Each process draws its own scenes; gradients are averaged in one flat reduction. The same seed and number of processes
-give the same weights on one machine.
+unconditional branch), exponential moving average of the weights. Only the tokens that captions use
+have rows in the token tables. Each process draws its own scenes; gradients are averaged in one flat
+reduction. The same seed and number of processes give the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
 def draw_latents(
     vae: nn.Module, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latent means and scaled by 0.13025 (N, 4, 16, 16), and token ids for both encoders (N, 77)."""
+    """Scaled latent means (N, 4, 16, 16), and token ids for both encoders, each (N, 77)."""
     latents, captions = [], []
     for start in range(0, count, 64):
         chunk = scenes.random_scenes(min(64, count - start), generator)
@@ -76,8 +76,11 @@ def train(
     started = time.time()
     latents, ids_l, ids_g = draw_latents(vae, num_scenes, generator)
     ids_l, ids_g = torch.searchsorted(vocabulary, ids_l), torch.searchsorted(vocabulary, ids_g)
-    print(f"rank {rank}: {num_scenes} latents, deviation {latents.std():.3f}, "
-          f"{time.time() - started:.0f} s", flush=True)
+    print(
+        f"rank {rank}: {num_scenes} latents, deviation {latents.std():.3f}, "
+        f"{time.time() - started:.0f} s",
+        flush=True,
+    )
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2, 0)
     weight = (MIN_SNR_GAMMA / (abar / (1 - abar))).clamp(max=1).float()
     alpha, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
@@ -121,8 +124,9 @@ def write(
     from safetensors.torch import save_file
 
     averaged = {id(p): value for p, value in zip(parameters, average, strict=True)}
-    state = {name: averaged[id(p)].clone() for name, p in model.named_parameters()
-             if id(p) in averaged}
+    state = {
+        name: averaged[id(p)].clone() for name, p in model.named_parameters() if id(p) in averaged
+    }
     save_file(state | {"vocabulary": vocabulary.int()}, path)
 
 
@@ -143,8 +147,13 @@ def main() -> None:
     vae = architecture.build_vae()
     vae.load_state_dict(load_file(args.vae))
     train(
-        vae.eval(), steps=args.steps, batch=args.batch, num_scenes=args.scenes,
-        seed=args.seed, rank=rank, save=args.out,
+        vae.eval(),
+        steps=args.steps,
+        batch=args.batch,
+        num_scenes=args.scenes,
+        seed=args.seed,
+        rank=rank,
+        save=args.out,
     )
 
 

@@ -69,7 +69,7 @@ def train_phase(
     peak_rate: float,
     kl_weight: float = 3e-4,
 ) -> None:
-    """One phase; `latent_scale` is the factor that brings latents near unit deviation for the KL."""
+    """One phase; `latent_scale` brings the latents near unit deviation for the KL term."""
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
     started = time.time()
@@ -115,13 +115,31 @@ def main() -> None:
     if args.init:
         vae.load_state_dict(load_file(args.init))
     else:
-        train_phase(vae, list(vae.parameters()), pool, generator, steps=args.crop_steps,
-                    batch=args.batch, size_px=CROP_PX, latent_scale=1.0, peak_rate=2e-3)
+        train_phase(
+            vae,
+            list(vae.parameters()),
+            pool,
+            generator,
+            steps=args.crop_steps,
+            batch=args.batch,
+            size_px=CROP_PX,
+            latent_scale=1.0,
+            peak_rate=2e-3,
+        )
         whiten_latents(vae, whitening)
     parts = [vae.post_quant_conv, vae.decoder] if args.decoder_only else [vae]
     parameters = [p for part in parts for p in part.parameters()]
-    train_phase(vae, parameters, pool, generator, steps=args.steps, batch=args.batch,
-                size_px=scenes.IMAGE_PX, latent_scale=architecture.LATENT_SCALE, peak_rate=1e-3)
+    train_phase(
+        vae,
+        parameters,
+        pool,
+        generator,
+        steps=args.steps,
+        batch=args.batch,
+        size_px=scenes.IMAGE_PX,
+        latent_scale=architecture.LATENT_SCALE,
+        peak_rate=1e-3,
+    )
     if not args.decoder_only:
         whiten_latents(vae, whitening)
     if rank == 0:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dmd2_core import StepPlan
 
-from ..config import Config
 from ..config_load import load
 from ..data.training_data import encode_captions
 from ..export import shared_unet_with_lora
@@ -32,7 +31,11 @@ from .classifier import load_classifier
 from .measure import SystemFigures, build_yardstick
 from .teacher import load_teacher
 
-LORA_NAME, PICTURE_NAME, REPORT_NAME = "dmd2_demo_4step.safetensors", "comparison.png", "report.json"
+LORA_NAME, PICTURE_NAME, REPORT_NAME = (
+    "dmd2_demo_4step.safetensors",
+    "comparison.png",
+    "report.json",
+)
 NUM_SHOWN = 10
 SAMPLE_SEED = 1234
 CHUNK = 32

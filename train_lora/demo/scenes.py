@@ -160,7 +160,7 @@ def _rotate(
 def _object_distance_and_light(
     scenes: list[Scene], x: torch.Tensor, y: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signed distance to each object's outline and its shading (1 in the middle), both (B, H, W)."""
+    """Signed distance to each object's outline, and its shading around 1; both (B, H, W)."""
     count = len(scenes)
     low, high = torch.tensor([SIZES[scene.size] for scene in scenes]).T  # type: ignore[index]
     radius = low[:, None, None] + (high - low)[:, None, None] * _uniform(count, 0, 1, generator)

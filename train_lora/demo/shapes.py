@@ -45,7 +45,10 @@ def star(x: Tensor, y: Tensor) -> Tensor:
     folded = (torch.remainder(angle + sector / 2, sector) - sector / 2).abs()
     across, along = radius * folded.sin(), radius * folded.cos()
     notch_across, notch_along = 0.45 * math.sin(sector / 2), 0.45 * math.cos(sector / 2)
-    edge_across, edge_along = notch_across, notch_along - 1.05  # from the tip (0, 1.05) to the notch
+    edge_across, edge_along = (
+        notch_across,
+        notch_along - 1.05,
+    )  # from the tip (0, 1.05) to the notch
     length = math.hypot(edge_across, edge_along)
     return (across * -edge_along + (along - 1.05) * edge_across) / length
 
