@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def check_output_directory(path: str | Path, option: str, *, overwrite: bool = False) -> Path:
-    """`path`, if it is missing, an empty folder, or `overwrite` is set; errors name `option`."""
+def check_output_directory(path: str | Path, option: str) -> Path:
+    """`path`, if it is missing or an empty folder; the error names `option`."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {str(path)!r}, which is a file; name a folder.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()):
         raise ValueError(
             f"{option} is {str(path)!r}, a folder that is not empty; "
             "name another one, or move this one away."

@@ -47,8 +47,10 @@ def train(config: Config) -> TrainResult:
     """
     from accelerate import Accelerator
 
-    directory = check_output_directory(config.output.directory, "output.directory")
+    directory = Path(config.output.directory)
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    if accelerator.is_main_process:  # the others would see what it has begun to write
+        check_output_directory(directory, "output.directory")
     components = load_model(config)
     place(components, accelerator.device)
     data = load_training_data(config, components)

@@ -59,9 +59,9 @@ class System:
         return f"{self.role}, {len(self.plan.timesteps)} steps"
 
 
-def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> None:
+def run_demo(out: Path, seed: int = 0) -> None:
     """Train, export, measure; leaves the LoRA, comparison.png and report.json in `out`."""
-    out = check_output_directory(out, "--out", overwrite=overwrite)
+    out = check_output_directory(out, "--out")
     overrides = [("output.directory", str(out / "run")), ("training.seed", str(seed))]
     config = load(preset="demo", overrides=overrides).config
     result = train(config)

@@ -1,0 +1,124 @@
+"""`dmd2 train` as a user runs it, on the embedded teacher, a few iterations long."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from train_lora.config_load import load
+from train_lora.export import read_lora
+
+SHORT = ["--iterations", "6", "--batch_size", "2", "--student.rank", "4", "--critic.rank", "4"]
+
+
+def dmd2(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "train_lora.cli", *arguments], capture_output=True, text=True
+    )
+
+
+def train(directory: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    where = ["--output.directory", str(directory)]
+    return dmd2("train", "--preset", "demo", *where, *SHORT, *more)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.txt"
+    path.write_text(
+        "a red ring on a plain blue background\na green star on a striped gray background\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(3):
+        Image.new("RGB", (160, 140), (80 * number, 40, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a plain purple background")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, prompts: Path, photos: Path
+) -> tuple[Path, Path]:
+    """Two runs of the same configuration, the second from the first one's config.toml."""
+    folder = tmp_path_factory.mktemp("runs")
+    own_data = ["--data.prompts", str(prompts), "--data.real_images", str(photos)]
+    first = train(folder / "first", *own_data, "--validation.every", "6")
+    assert first.returncode == 0, first.stderr
+    config = str(folder / "first" / "config.toml")
+    second = dmd2("train", "--config", config, "--output.directory", str(folder / "second"))
+    assert second.returncode == 0, second.stderr
+    return folder / "first", folder / "second"
+
+
+def test_the_same_seed_gives_the_same_file_byte_for_byte(runs: tuple[Path, Path]) -> None:
+    first, second = ((run / "lora.safetensors").read_bytes() for run in runs)
+    assert first == second
+
+
+def test_a_run_leaves_config_logs_and_a_validation_grid(runs: tuple[Path, Path]) -> None:
+    assert load(file=runs[0] / "config.toml").config.training.iterations == 6
+    assert list((runs[0] / "logs").glob("events.*"))
+    with Image.open(runs[0] / "samples" / "000006.png") as grid:
+        assert grid.width > 2 * 128
+        assert grid.height > 2 * 128
+
+
+def test_the_lora_says_how_it_wants_to_be_sampled(runs: tuple[Path, Path]) -> None:
+    modules, recipe = read_lora(runs[0] / "lora.safetensors")
+    assert recipe is not None
+    assert recipe.timesteps == (999, 749, 499, 249)
+    assert recipe.trained_with["training"]["iterations"] == 6
+    assert any(module.up.abs().max() > 0 for module in modules.values())
+    with safe_open(runs[0] / "lora.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {  # noqa: SIM118
+            torch.float16,
+            torch.float32,  # the alphas
+        }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data.prompts", "absent.txt"], "absent.txt"),
+        (["--data.real_images", "absent"], "absent"),
+        (["--model.path", "absent.safetensors"], "absent.safetensors"),
+        (["--sampling.timesteps", "[999, 999]"], "descend"),
+        (["--sampling.timesteps", "[1000, 499]"], "1000"),
+        (["--student.rank", "0"], "student.rank is 0"),
+        (["--student.rnak", "4"], "rnak"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_sentence_and_nothing_is_written(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    result = train(tmp_path / "run", *arguments)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("dmd2: error: ")
+    assert sentence in lines[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_prompt_file_and_a_used_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    result = train(tmp_path / "run", "--data.prompts", str(tmp_path / "empty.txt"))
+    assert result.returncode == 2
+    assert "empty.txt" in result.stderr
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    result = train(tmp_path / "run")
+    assert result.returncode == 2
+    assert "not empty" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
