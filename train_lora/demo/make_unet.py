@@ -27,7 +27,7 @@ from . import architecture, scenes
 from .teacher import caption_vocabulary
 
 DROP_CONDITION = 0.1
-MIN_SNR_GAMMA = 5.0
+WEIGHT_RANGE = (0.5, 8.0)
 
 
 class Teacher(nn.Module):
@@ -55,8 +55,8 @@ def draw_latents(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled latent means (N, 4, 16, 16), and token ids for both encoders, each (N, 77)."""
     latents, captions = [], []
-    for start in range(0, count, 64):
-        chunk = scenes.random_scenes(min(64, count - start), generator)
+    for start in range(0, count, 16):
+        chunk = scenes.random_scenes(min(16, count - start), generator)
         images = scenes.draw(chunk, generator)
         latents.append(vae.encode(images).latent_dist.mean * architecture.LATENT_SCALE)
         captions += [scene.caption for scene in chunk]
@@ -65,7 +65,16 @@ def draw_latents(
 
 
 def train(
-    vae: nn.Module, *, steps: int, batch: int, num_scenes: int, seed: int, rank: int, save: Path
+    vae: nn.Module,
+    *,
+    steps: int,
+    batch: int,
+    num_scenes: int,
+    seed: int,
+    rank: int,
+    save: Path,
+    init: Path | None,
+    peak: float,
 ) -> None:
     torch.manual_seed(seed)  # the same start on every rank
     vocabulary = caption_vocabulary()
@@ -74,6 +83,13 @@ def train(
     average = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(seed * 1000 + rank + 1)
     started = time.time()
+    if init is not None:
+        from safetensors.torch import load_file
+
+        model.load_state_dict(
+            {k: v for k, v in load_file(init).items() if k != "vocabulary"}, strict=False
+        )
+        average = [p.detach().clone() for p in parameters]
     latents, ids_l, ids_g = draw_latents(vae, num_scenes, generator)
     ids_l, ids_g = torch.searchsorted(vocabulary, ids_l), torch.searchsorted(vocabulary, ids_g)
     print(
@@ -82,22 +98,22 @@ def train(
         flush=True,
     )
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2, 0)
-    weight = (MIN_SNR_GAMMA / (abar / (1 - abar))).clamp(max=1).float()
     alpha, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
+    weight = (sigma / alpha).clamp(*WEIGHT_RANGE)
     optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
     order = torch.randperm(num_scenes, generator=generator)
     smooth = None
     started = time.time()
     for step in range(steps):
         warmup = min(1, (step + 1) / 100)
-        rate = 1.5e-3 * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = peak * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = rate
         place = (step * batch) % (num_scenes - batch + 1)
         if place < batch:
             order = torch.randperm(num_scenes, generator=generator)
         pick = order[place : place + batch]
         x0 = latents[pick]
-        t = torch.randint(1000, (batch,), generator=generator)
+        t = (1000 * (1 - torch.rand(batch, generator=generator) ** 2)).long().clamp(0, 999)
         eps = torch.randn(x0.shape, generator=generator)
         x_t = alpha[t, None, None, None] * x0 + sigma[t, None, None, None] * eps
         keep = (torch.rand(batch, generator=generator) >= DROP_CONDITION).float()
@@ -108,12 +124,12 @@ def train(
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(0.9985, (1 + step) / (10 + step))
+        decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if rank == 0 and (step % 100 == 0 or step == steps - 1):
             print(f"step {step}: loss {smooth:.4f} {time.time() - started:.0f} s", flush=True)
-        if rank == 0 and (step % 1000 == 999 or step == steps - 1):
+        if rank == 0 and (step % 500 == 499 or step == steps - 1):
             write(model, vocabulary, parameters, average, save)
 
 
@@ -137,6 +153,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32, help="per process")
     parser.add_argument("--scenes", type=int, default=12000, help="per process")
+    parser.add_argument("--init", type=Path, help="go on from the weights in this file")
+    parser.add_argument("--peak-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from safetensors.torch import load_file
@@ -154,6 +172,8 @@ def main() -> None:
         seed=args.seed,
         rank=rank,
         save=args.out,
+        init=args.init,
+        peak=args.peak_rate,
     )
 
 
