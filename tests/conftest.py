@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of these libraries
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -16,3 +19,14 @@ def _exact_arithmetic() -> None:
     """TF32 off, so that tolerances mean on a GPU what they mean on a CPU."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session")
+def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `dmd2 demo` leaves: about six minutes, once for all tests that need it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo_output"
+    command = [sys.executable, "-m", "train_lora.cli", "demo", "--out", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    (folder / "stdout.txt").write_text(result.stdout, encoding="utf-8")
+    return folder

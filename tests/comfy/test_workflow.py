@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from dmd2_core import SeededNoise, StepPlan, few_step_sample, initial_sample
+from train_lora.demo import scenes
 from train_lora.demo.architecture import LATENT_SCALE
+from train_lora.demo.classifier import load_classifier, recognised
 
 CAPTION = "a small red ring on a striped blue background, left"
 SEED = 1234
@@ -90,8 +93,19 @@ def test_the_shipped_workflow_makes_a_picture(server: ComfyServer, model: TinyMo
     assert not [text for text in COMFYUI_COMPLAINTS if text in server.log()]
 
 
-# TODO(lead): with a trained LoRA at hand, one more test here: `sampled` with it for captions of
-# train_lora.demo.scenes, pictures * 2 - 1 to classifier.recognised, mean at least 0.95.
+def test_the_trainers_lora_paints_what_the_prompts_say(
+    server: ComfyServer, model: TinyModel, demo_output: Path
+) -> None:
+    name = "trained.safetensors"
+    shutil.copy(demo_output / "dmd2_demo_4step.safetensors", server.base / "models/loras" / name)
+    chosen = scenes.random_scenes(6, torch.Generator().manual_seed(42))
+    classifier, hits = load_classifier(), []
+    for scene in chosen:
+        _, pictures, run = sampled(server, caption=scene.caption, batch=2, lora=name)
+        assert f"{model.num_modules} of {model.num_modules} modules applied" in run.log
+        hits.append(recognised(classifier, pictures * 2 - 1, scenes.labels([scene] * 2)))
+    # 58 attributes or so; the trained student's share is 0.95 or more.
+    assert torch.cat(hits).nanmean().item() >= 0.9
 
 
 def test_the_latent_is_dmd2_cores(server: ComfyServer, model: TinyModel) -> None:

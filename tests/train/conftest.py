@@ -8,36 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dmd2_core import VPSchedule
-from train_lora.demo import architecture
 from train_lora.models.components import Components
-from train_lora.models.fingerprint import unet_hash
 from train_lora.models.text import Condition, size_ids
-from train_lora.models.tokenizer import build_tokenizers
+
+from .tiny import random_components
 
 
 @pytest.fixture(scope="session")
 def shared_components() -> Components:
     """The tiny model, for tests that only read it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet, vae = architecture.build_unet(), architecture.build_vae()
-        encoders = list(architecture.build_text_encoders())
-        for network in (unet, vae, *encoders):
-            network.requires_grad_(False).eval()
-            for name, weight in network.named_parameters():
-                if "norm" in name or name.endswith("bias"):  # 1 and 0 would hide a mix-up
-                    weight.add_(torch.randn_like(weight), alpha=0.1)
-    return Components(
-        unet=unet,
-        vae=vae,
-        text_encoders=encoders,
-        tokenizers=build_tokenizers(),
-        schedule=VPSchedule.sdxl(),
-        prediction="epsilon",
-        base_hash=unet_hash(unet),
-        name="tiny",
-    )
+    return random_components()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from train_lora.config_load import load
 from train_lora.demo import architecture
 from train_lora.distill import Batch, Distiller, RealImages
 from train_lora.models.components import Components
+from train_lora.models.fingerprint import unet_hash
 from train_lora.models.roles import LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
 from train_lora.models.tokenizer import build_tokenizers
@@ -25,16 +26,26 @@ def demo_config(directory: Path, **overrides: Any) -> Config:
 
 
 def random_components(seed: int = 0) -> Components:
-    """Networks of the embedded teacher's shape with random weights."""
-    torch.manual_seed(seed)
-    unet, vae = architecture.build_unet(), architecture.build_vae()
-    encoders = architecture.build_text_encoders()
-    for network in (unet, vae, *encoders):
-        network.eval().requires_grad_(False)
+    """The embedded teacher's structure with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet, vae = architecture.build_unet(), architecture.build_vae()
+        encoders = list(architecture.build_text_encoders())
+        for network in (unet, vae, *encoders):
+            network.requires_grad_(False).eval()
+            for name, weight in network.named_parameters():
+                if "norm" in name or name.endswith("bias"):  # 1 and 0 would hide a mix-up
+                    weight.add_(torch.randn_like(weight), alpha=0.1)
     return Components(
-        unet=unet, vae=vae, text_encoders=list(encoders), tokenizers=build_tokenizers(),
-        schedule=VPSchedule.sdxl(), prediction="epsilon", base_hash="0" * 64, name="random",
-    )  # fmt: skip
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=build_tokenizers(),
+        schedule=VPSchedule.sdxl(),
+        prediction="epsilon",
+        base_hash=unet_hash(unet),
+        name="tiny",
+    )
 
 
 def random_condition(count: int, generator: torch.Generator) -> Condition:

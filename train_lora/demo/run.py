@@ -25,7 +25,7 @@ from ..models.text import Condition
 from ..output import check_output_directory
 from ..pictures import labelled_grid
 from ..sampling import decode_latents, sample_latents
-from ..trainer import train
+from ..trainer import place, train
 from . import scenes
 from .classifier import load_classifier
 from .measure import SystemFigures, build_yardstick
@@ -60,7 +60,12 @@ class System:
 
 
 def run_demo(out: Path, seed: int = 0) -> None:
-    """Train, export, measure; leaves the LoRA, comparison.png and report.json in `out`."""
+    """Train, export, measure; leaves the LoRA, comparison.png and report.json in `out`.
+
+    What is measured is the exported file, read back and applied to a teacher loaded afresh.
+    """
+    from accelerate import PartialState
+
     out = check_output_directory(out, "--out")
     overrides = [("output.directory", str(out / "run")), ("training.seed", str(seed))]
     config = load(preset="demo", overrides=overrides).config
@@ -68,6 +73,7 @@ def run_demo(out: Path, seed: int = 0) -> None:
     lora = result.lora.rename(out / LORA_NAME)
     peak_mb = peak_memory_mb()  # of the distillation; the measurements come after it
     components = load_teacher()
+    place(components, PartialState().device)
     unet, recipe = shared_unet_with_lora(components.unet, lora)
     assert recipe is not None
     systems = {
