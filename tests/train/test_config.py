@@ -74,7 +74,7 @@ def test_later_sources_win_and_each_value_knows_its_own(toml):
     assert loaded.origins["student.rank"] == "file"
     assert loaded.origins["critic.rank"] == "cli"
     assert loaded.origins["student.learning_rate"] == "preset"
-    assert loaded.origins["gan.generator_weight"] == "default"
+    assert loaded.origins["training.weight_decay"] == "default"
     assert set(loaded.origins) == set(TYPES)
 
 

@@ -95,7 +95,7 @@ def test_the_lora_says_how_it_wants_to_be_sampled(runs: tuple[Path, Path]) -> No
         (["--model.path", "absent.safetensors"], "absent.safetensors"),
         (["--sampling.timesteps", "[999, 999]"], "descend"),
         (["--sampling.timesteps", "[1000, 499]"], "1000"),
-        (["--student.rank", "0"], "student.rank is 0"),
+        (["--student.alpha", "0"], "student.alpha is 0"),
         (["--student.rnak", "4"], "rnak"),
     ],
 )

@@ -128,7 +128,10 @@ def main() -> None:
         )
         whiten_latents(vae, whitening)
     parts = [vae.post_quant_conv, vae.decoder] if args.decoder_only else [vae]
-    parameters = [p for part in parts for p in part.parameters()]
+    vae.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
     train_phase(
         vae,
         parameters,
