@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 NUM_TIMESTEPS = 1000
 LARGEST_SEED = 2**63 - 1
+GAN_RESOLUTIONS_PX = (128, 256, 512, 1024, 2048, 4096)  # 4, 8, ... cells in the middle block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,8 @@ class DataConfig(Section):
     or "demo" for drawn scenes. Needed unless the GAN is off and backward simulation is on."""
 
     resolution_px: int = _number(1024, low=64, high=4096)
-    """Width and height of the training images in pixels, a multiple of 64."""
+    """Width and height of the training images in pixels, a multiple of 64; with the GAN a power
+    of two from 128 on."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -306,6 +308,19 @@ class Config:
             raise ValueError(
                 f"data.real_images is not set, but {' and '.join(users)}, which takes real images; "
                 "name a folder of captioned images or change that."
+            )
+
+        if self.critic.warmup_iterations >= self.training.iterations:
+            raise ValueError(
+                f"critic.warmup_iterations is {self.critic.warmup_iterations}, but "
+                f"training.iterations is {self.training.iterations}, so the student would never "
+                "be updated; set it lower."
+            )
+        if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
+            raise ValueError(
+                f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
+                f"discriminator; set it to one of {', '.join(map(str, GAN_RESOLUTIONS_PX))}, "
+                "or gan.enabled to false."
             )
 
     @property

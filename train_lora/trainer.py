@@ -101,11 +101,13 @@ def build_trainer(
     unet = SharedUNet(components.unet, adapters, seed=settings.seed)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    head = MiddleBlockHead(
-        unet.feature_channels,
-        config.data.resolution_px // 8 // MIDDLE_BLOCK_DOWNSCALE,
-        generator=derived_generator(settings.seed, HEAD_STREAM),
-    )
+    head: nn.Module = nn.Identity()  # without a GAN nothing calls it
+    if config.gan.enabled:
+        head = MiddleBlockHead(
+            unet.feature_channels,
+            config.data.resolution_px // 8 // MIDDLE_BLOCK_DOWNSCALE,
+            generator=derived_generator(settings.seed, HEAD_STREAM),
+        )
     distiller = Distiller(
         unet=unet.to(accelerator.device),
         head=head.to(accelerator.device),

@@ -97,6 +97,9 @@ def test_the_lora_says_how_it_wants_to_be_sampled(runs: tuple[Path, Path]) -> No
         (["--sampling.timesteps", "[1000, 499]"], "1000"),
         (["--student.alpha", "0"], "student.alpha is 0"),
         (["--student.rnak", "4"], "rnak"),
+        (["--data.resolution_px", "192"], "data.resolution_px is 192"),
+        (["--data.resolution_px", "256"], "set it to 128"),
+        (["--critic.warmup_iterations", "6"], "critic.warmup_iterations is 6"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_sentence_and_nothing_is_written(

@@ -65,6 +65,7 @@ def encode_captions(
 def load_training_data(config: Config, components: Components) -> TrainingData:
     """Read, check and encode what `config.data` names; ValueError for what cannot be used."""
     settings = config.data
+    _check_demo_size(config)
     captions = _demo_captions() if settings.prompts == DEMO else read_prompts(settings.prompts)
     condition = encode_captions(components, captions, settings.resolution_px)
     if settings.real_images is None or not config.needs_real_images:
@@ -83,6 +84,17 @@ def load_training_data(config: Config, components: Components) -> TrainingData:
         condition=condition,
         real=RealImages(latents=latents, condition=real_condition),
     )
+
+
+def _check_demo_size(config: Config) -> None:
+    from ..demo.scenes import IMAGE_PX
+
+    settings = config.data
+    if settings.real_images == DEMO and settings.resolution_px != IMAGE_PX:
+        raise ValueError(
+            f"data.resolution_px is {settings.resolution_px}, but the demo's real images are "
+            f"{IMAGE_PX} px wide; set it to {IMAGE_PX}, or name a folder in data.real_images."
+        )
 
 
 def _demo_captions(count: int = 2048) -> list[str]:
