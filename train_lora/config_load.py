@@ -106,8 +106,15 @@ def resolve_key(name: str) -> str:
         options = " or ".join(f"--{full}" for full in matches)
         raise ValueError(f"--{name} could mean several keys; write {options}.")
     if not matches:
-        raise ValueError(f"Unknown option --{name}; did you mean --{nearest_key(key)}?")
+        # "lr" is spelled like no key, but people write it for learning_rate.
+        meant = [full for full in TYPES if initials(full) == key] or [nearest_key(key)]
+        options = " or ".join(f"--{full}" for full in meant)
+        raise ValueError(f"Unknown option --{name}; did you mean {options}?")
     return matches[0]
+
+
+def initials(full_key: str) -> str:
+    return "".join(word[0] for word in full_key.partition(".")[2].split("_"))
 
 
 def nearest_key(name: str) -> str:

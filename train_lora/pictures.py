@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GAP_PX, LABEL_PX = 4, 22
+LINE_PX, CHARACTER_PX = 13, 6  # of the captions above the columns
 
 
 def to_picture(image: Tensor) -> Image:
@@ -24,18 +26,26 @@ def to_picture(image: Tensor) -> Image:
     )
 
 
-def labelled_grid(rows: Sequence[tuple[str, Tensor]]) -> Image:
-    """Rows of images (N, 3, H, W) in [-1, 1], one under the other, each below its label."""
+def labelled_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] = ()) -> Image:
+    """Rows of images (N, 3, H, W) in [-1, 1], one under the other, each below its label.
+
+    captions: what each of the N columns shows, written above it; none or N of them.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     count, _, height, width = rows[0][1].shape
-    row_px = LABEL_PX + height + GAP_PX
-    grid = Image.new("RGB", (count * (width + GAP_PX) + GAP_PX, len(rows) * row_px), "white")
+    column_px, row_px = width + GAP_PX, LABEL_PX + height + GAP_PX
+    header = [textwrap.wrap(caption, width // CHARACTER_PX) for caption in captions]
+    header_px = LINE_PX * max(map(len, header), default=0)
+    grid = Image.new("RGB", (count * column_px + GAP_PX, header_px + len(rows) * row_px), "white")
     draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(size=13)
+    small, font = ImageFont.load_default(size=11), ImageFont.load_default(size=13)
+    for i, lines in enumerate(header):
+        for k, line in enumerate(lines):
+            draw.text((GAP_PX + i * column_px, k * LINE_PX), line, fill="black", font=small)
     for r, (label, images) in enumerate(rows):
-        draw.text((GAP_PX, r * row_px + 3), label, fill="black", font=font)
+        top = header_px + r * row_px
+        draw.text((GAP_PX, top + 3), label, fill="black", font=font)
         for i, image in enumerate(images):
-            place = (GAP_PX + i * (width + GAP_PX), r * row_px + LABEL_PX)
-            grid.paste(to_picture(image), place)
+            grid.paste(to_picture(image), (GAP_PX + i * column_px, top + LABEL_PX))
     return grid

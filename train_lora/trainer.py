@@ -51,8 +51,10 @@ def train(config: Config) -> TrainResult:
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     if accelerator.is_main_process:  # the others would see what it has begun to write
         check_output_directory(directory, "output.directory")
+    accelerator.print(f"Loading the model {config.model.path} ...")
     components = load_model(config)
     place(components, accelerator.device)
+    accelerator.print("Encoding prompts and images ...")
     data = load_training_data(config, components)
     trainer = build_trainer(config, components, data, accelerator)
     if accelerator.is_main_process:

@@ -204,6 +204,11 @@ def test_unknown_option_names_the_nearest(key, closest):
         load(preset="demo", overrides=[(key, "1")])
 
 
+def test_an_abbreviation_is_understood():
+    with pytest.raises(ValueError, match=r"--lr; .*--student.learning_rate or --critic.learning_r"):
+        load(preset="demo", overrides=[("lr", "1")])
+
+
 def test_a_key_outside_its_section(toml):
     with pytest.raises(ValueError, match=r'"iterations".*did you mean "training.iterations"'):
         load(file=toml(required="iterations = 3\n"))

@@ -33,6 +33,11 @@ def test_captions_name_what_is_fixed_and_nothing_else() -> None:
     assert scenes.labels([scene]).tolist() == [[3, 1, 1, 2, -1, 2]]
 
 
+def test_labels_can_be_turned_back_into_scenes() -> None:
+    chosen = scenes.random_scenes(64, torch.Generator().manual_seed(5))
+    assert scenes.from_labels(scenes.labels(chosen)) == chosen
+
+
 def test_one_caption_gives_different_pictures() -> None:
     scene = scenes.Scene(shape="star", colour="red", background="gray", pattern="striped")
     pictures = scenes.draw([scene] * 2, torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """SDXL in small: the embedded teacher's networks, with SDXL's structure and tiny widths.
 
-Widths are multiples of 32 (GroupNorm), text encoders have 3 layers (ComfyUI reads the layer before
-the last), and `projection_class_embeddings_input_dim` = width of encoder G + 6 * 256, as in SDXL.
+Text encoders have 3 layers (ComfyUI reads the layer before the last), and
+`projection_class_embeddings_input_dim` = width of encoder G + 6 * 256, as in SDXL.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+NORM_GROUPS = 8
+"""Of every GroupNorm of UNet and VAE. SDXL's 32 would leave one channel to a group at these widths,
+which takes each channel's mean, and so the picture's colour, out of every layer."""
 LATENT_SCALE = 0.13025  # SDXL's; ComfyUI's latent format and diffusers' pipelines both use it
 CLIP_TOKENS = 49408
 WIDTH_L, WIDTH_G = 32, 64
@@ -27,6 +30,7 @@ UNET_CONFIG: dict[str, Any] = {
     "transformer_layers_per_block": (1, 1, 1),
     "attention_head_dim": (1, 2, 3),  # the number of heads, whatever the name says
     "cross_attention_dim": WIDTH_L + WIDTH_G,
+    "norm_num_groups": NORM_GROUPS,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -37,6 +41,7 @@ VAE_CONFIG: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (32, 32, 32, 64),
     "layers_per_block": 1,
+    "norm_num_groups": NORM_GROUPS,
     "latent_channels": 4,
     "sample_size": 128,
     "scaling_factor": LATENT_SCALE,

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 -m train_lora.demo.make_vae OUT.safetensors
 
-Reconstruction in L1 with a light KL term, first on 64 px crops (quick), then on whole pictures
-(GroupNorm's statistics differ between the two). After each phase every latent channel is shifted
+Reconstruction in L1, of the picture and of its edges (small shapes blur otherwise), with a light KL
+term, in bfloat16, first on 64 px crops (quick), then on whole pictures (GroupNorm's statistics
+differ between the two). After each phase every latent channel is shifted
 and scaled to mean 0 and deviation 1 / 0.13025 by folding the affine map into `quant_conv` and
 `post_quant_conv`, because everyone multiplies SDXL latents by that constant.
 """
@@ -24,6 +25,7 @@ from . import architecture, scenes
 
 CROP_PX = 64
 POOL = 4096
+EDGE_WEIGHT = 0.5
 
 
 def draw_pool(count: int, generator: torch.Generator) -> Tensor:
@@ -40,6 +42,13 @@ def random_crops(pool: Tensor, batch: int, size_px: int, generator: torch.Genera
     top, left = torch.randint(scenes.IMAGE_PX - size_px + 1, (2,), generator=generator).tolist()
     crop = pool[index, :, top : top + size_px, left : left + size_px]
     return crop.float() / 127.5 - 1
+
+
+def picture_distance(out: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error, and that of the differences between neighbouring pixels."""
+    error = out - target
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + EDGE_WEIGHT * edges
 
 
 @torch.no_grad()
@@ -75,11 +84,13 @@ def train_phase(
     started = time.time()
     for step in range(steps):
         x = random_crops(pool, batch, size_px, generator)
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        out = vae.decode(posterior.mean + posterior.std * noise).sample
-        reconstruction = (out - x).abs().mean()
-        mean, std = posterior.mean * latent_scale, posterior.std * latent_scale
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            out = vae.decode(posterior.mean + posterior.std * noise).sample
+        reconstruction = picture_distance(out.float(), x)
+        mean = posterior.mean.float() * latent_scale
+        std = posterior.std.float() * latent_scale
         kl = (0.5 * (mean**2 + std**2 - 1) - std.log()).mean()
         optimizer.zero_grad()
         (reconstruction + kl_weight * kl).backward()
@@ -89,15 +100,15 @@ def train_phase(
         schedule.step()
         if step % 20 == 0 or step == steps - 1:
             seconds = time.time() - started
-            print(f"{step}: L1 {reconstruction:.4f} KL {kl:.2f} {seconds:.0f} s", flush=True)
+            print(f"{step}: distance {reconstruction:.4f} KL {kl:.2f} {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--init", type=Path, help="start from this file instead of the crop phase")
-    parser.add_argument("--crop-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=320, help="on whole pictures")
+    parser.add_argument("--crop-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=650, help="on whole pictures")
     parser.add_argument("--batch", type=int, default=8, help="per process")
     parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
     parser.add_argument("--seed", type=int, default=0)

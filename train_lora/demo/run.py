@@ -157,7 +157,7 @@ def draw_comparison(
         )
         for system in systems.values()
     ]
-    labelled_grid(rows).save(path)
+    labelled_grid(rows, captions).save(path)
 
 
 def print_table(figures: dict[str, SystemFigures], train_seconds: float) -> None:

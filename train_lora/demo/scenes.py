@@ -36,8 +36,8 @@ BACKGROUNDS = {
     "purple": (0.30, 0.08, 0.40),
     "brown": (0.38, 0.22, 0.08),
 }
-PATTERNS = ("plain", "striped", "dotted", "checkered")
-SIZES = {"small": (0.26, 0.36), "large": (0.52, 0.70)}  # radius; the picture spans [-1, 1]
+PATTERNS = ("plain", "striped", "dotted", "tiled")
+SIZES = {"small": (0.32, 0.42), "large": (0.52, 0.64)}  # radius; the picture spans [-1, 1]
 PLACES = {
     "left": (-0.5, 0.0),
     "right": (0.5, 0.0),
@@ -46,7 +46,10 @@ PLACES = {
     "centre": (0.0, 0.0),
 }
 PLACE_JITTER = 0.12
+# Patterns are made of independent random parts, as real textures are: a stripe says nothing about
+# the next one, so that only the last steps of sampling can decide them.
 NUM_DOTS = 6  # along each side
+NUM_CELLS = 12  # tiles or stripes across the diagonal
 
 # Attribute name -> its values in label order: what captions name and the classifier recognises.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -107,6 +110,19 @@ def labels(scenes: list[Scene]) -> torch.Tensor:
             for scene in scenes
         ]
     )
+
+
+def from_labels(rows: torch.Tensor) -> list[Scene]:
+    """The inverse of `labels`: (B, 6) int64 -> scenes."""
+    return [
+        Scene(
+            **{
+                name: values[value] if value >= 0 else None
+                for (name, values), value in zip(ATTRIBUTES.items(), row, strict=True)
+            }
+        )
+        for row in rows.tolist()
+    ]
 
 
 def fill_open_attributes(scenes: list[Scene], generator: torch.Generator) -> list[Scene]:
@@ -183,21 +199,38 @@ def _paint_backgrounds(
     """Two tones of each background colour mixed by its pattern: (B, 3, H, W) in [0, 1]."""
     count = len(scenes)
     dark = _jittered_colours([BACKGROUNDS[scene.background] for scene in scenes], 0.02, generator)
-    bright = (dark * 1.45 + 0.14).clamp(0, 1)
+    bright = (dark * 1.3 + 0.12).clamp(0, 1)
     u, v = _rotate(x, y, _uniform(count, 0, math.pi, generator))
-    frequency = _uniform(count, 8.0, 12.0, generator)  # radians per half picture width
-    phase = _uniform(count, 0, 2 * math.pi, generator), _uniform(count, 0, 2 * math.pi, generator)
-    wave = (frequency * u + phase[0]).sin(), (frequency * v + phase[1]).sin()
+    shift = _uniform(count, 0, 1, generator), _uniform(count, 0, 1, generator)
     scatter = torch.rand(count, 2, NUM_DOTS, NUM_DOTS, generator=generator)
+    tones = torch.rand(count, NUM_CELLS + 2, NUM_CELLS + 2, generator=generator).round()
     mix = torch.zeros_like(x)
     for i, scene in enumerate(scenes):
+        column, row = (_cell_coordinate(w[i], s[i]) for w, s in zip((u, v), shift, strict=True))
         if scene.pattern == "striped":
-            mix[i] = (0.5 + 3 * wave[0][i]).clamp(0, 1)
-        elif scene.pattern == "checkered":
-            mix[i] = (0.5 + 4 * wave[0][i] * wave[1][i]).clamp(0, 1)
+            mix[i] = _tiles(column, torch.zeros_like(row), tones[i, :1].expand(2, -1))
+        elif scene.pattern == "tiled":
+            mix[i] = _tiles(column, row, tones[i])
         elif scene.pattern == "dotted":
             mix[i] = _scattered_dots(x[i], y[i], scatter[i])
     return torch.lerp(dark[:, :, None, None], bright[:, :, None, None], mix[:, None])
+
+
+def _cell_coordinate(distance: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """From [-sqrt 2, sqrt 2] to [0, NUM_CELLS + 1): the part before the point counts cells."""
+    return (distance / (2 * math.sqrt(2)) + 0.5) * NUM_CELLS + shift
+
+
+def _tiles(column: torch.Tensor, row: torch.Tensor, tones: torch.Tensor) -> torch.Tensor:
+    """Tones (R, C) of a grid of tiles at cell coordinates (H, W), with antialiased borders."""
+    left, top = column.floor().long(), row.floor().long()
+    softness = NUM_CELLS / (2 * math.sqrt(2)) * (2 / IMAGE_PX)  # of one pixel, in cells
+    # Only a tile's far border is blended, over one pixel: the next tile starts there.
+    right = ((column - left - 1) / softness + 1).clamp(0, 1)
+    down = ((row - top - 1) / softness + 1).clamp(0, 1)
+    here = torch.lerp(tones[top, left], tones[top, left + 1], right)
+    below = torch.lerp(tones[top + 1, left], tones[top + 1, left + 1], right)
+    return torch.lerp(here, below, down)
 
 
 def _scattered_dots(x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,6 @@ def ring(x: Tensor, y: Tensor) -> Tensor:
     return ((x.square() + y.square()).sqrt() - 0.72).abs() - 0.24
 
 
-def cross(x: Tensor, y: Tensor) -> Tensor:
-    """Two crossing bars."""
-    x, y = x.abs(), y.abs()
-    return torch.minimum(torch.maximum(x - 0.95, y - 0.3), torch.maximum(x - 0.3, y - 0.95))
-
-
 def star(x: Tensor, y: Tensor) -> Tensor:
     """Five points: fold the plane into one tenth, then a half plane through tip and notch."""
     sector = 2 * math.pi / 5
@@ -61,20 +55,11 @@ def heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(lobe, torch.maximum(sides, -y - 0.32))
 
 
-def moon(x: Tensor, y: Tensor) -> Tensor:
-    """A disc without a second disc to its right."""
-    outer = (x.square() + y.square()).sqrt() - 0.92
-    inner = ((x - 0.45).square() + y.square()).sqrt() - 0.72
-    return torch.maximum(outer, -inner)
-
-
 SHAPE_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": circle,
     "square": square,
     "triangle": triangle,
     "ring": ring,
-    "cross": cross,
     "star": star,
     "heart": heart,
-    "moon": moon,
 }

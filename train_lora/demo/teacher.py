@@ -2,8 +2,7 @@
 
 `weights/teacher.safetensors` holds UNet, VAE and text encoders in float16. Of the token tables it
 holds only the rows that captions use; the other 49,369 are zeros, so words that scenes do not know
-say nothing. `make_vae.py` and `make_unet.py` made it; `weights/README.md` has the commands and the
-figures that it reached.
+say nothing. `make teacher` made it; `weights/README.md` has the figures that it reached.
 """
 
 from __future__ import annotations
@@ -75,13 +74,3 @@ def load_teacher(weights: Path = WEIGHTS_FILE) -> Components:
         base_hash=unet_hash(parts["unet"]),
         name=NAME,
     )
-
-
-def pack_weights(vae_file: Path, unet_file: Path, out: Path) -> None:
-    """Join the outputs of make_vae.py and make_unet.py into one float16 file."""
-    from safetensors.torch import load_file, save_file
-
-    state = {f"vae.{name}": value.half() for name, value in load_file(vae_file).items()}
-    for name, value in load_file(unet_file).items():
-        state[name] = value.half() if value.is_floating_point() else value
-    save_file(state, out)

@@ -22,6 +22,15 @@ def head_width(model_channels: int) -> int:
     return 32 if model_channels % 64 else 64
 
 
+def norm_groups(first_level_channels: int) -> int:
+    """Groups of every GroupNorm of a UNet or VAE, which no file says.
+
+    SDXL has 32, which is 4 channels to a group in its VAE. Narrow networks keep those 4: groups of
+    one channel would lose each channel's mean.
+    """
+    return min(32, first_level_channels // 4)
+
+
 def infer_configs(shapes: Shapes, resolution_px: int) -> dict[str, dict[str, Any]]:
     """Configs "unet", "vae", "clip_l", "clip_g" of the file with these tensors.
 
@@ -65,6 +74,7 @@ def _unet(shapes: Shapes, width: int) -> dict[str, Any]:
             "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)
         ),
         "block_out_channels": channels,
+        "norm_num_groups": norm_groups(channels[0]),
         "layers_per_block": len(levels[0]),
         "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
         "attention_head_dim": tuple(channel // width for channel in channels),
@@ -76,12 +86,14 @@ def _unet(shapes: Shapes, width: int) -> dict[str, Any]:
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
     num_levels = _count(shapes, "encoder.down.")
+    channels = tuple(
+        shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)
+    )
     return sdxl_config.VAE | {
         "down_block_types": ("DownEncoderBlock2D",) * num_levels,
         "up_block_types": ("UpDecoderBlock2D",) * num_levels,
-        "block_out_channels": tuple(
-            shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)
-        ),
+        "block_out_channels": channels,
+        "norm_num_groups": norm_groups(channels[0]),
         "layers_per_block": _count(shapes, "encoder.down.0.block."),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
     }

@@ -1,7 +1,8 @@
 """Test-only: teaches ComfyUI the embedded teacher, an SDXL of other widths (architecture.py).
 
 It appends a subclass of ComfyUI's own SDXL to the models that it recognises, with the tiny text
-encoders' sizes, and gives the narrow VAE the explicit config that ComfyUI cannot guess.
+encoders' sizes, gives the narrow VAE the explicit config that ComfyUI cannot guess, and both the
+fewer norm groups of narrow networks.
 """
 
 from functools import wraps
@@ -9,10 +10,12 @@ from functools import wraps
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models
+import torch
 from comfy.supported_models_base import ClipTarget
 
 WIDTH_L, WIDTH_G, NUM_LAYERS = 32, 64, 3
 VAE_WIDTH, VAE_MULTIPLIERS = 32, [1, 1, 1, 2]
+NORM_GROUPS = 8
 NODE_CLASS_MAPPINGS = {}
 
 
@@ -25,6 +28,12 @@ def _encoder_config(width, num_heads, activation):
         "projection_dim": width,
         "hidden_act": activation,
     }
+
+
+def _regroup(network):
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = NORM_GROUPS
 
 
 class TinyCLIP(comfy.sdxl_clip.SDXLClipModel):
@@ -53,6 +62,11 @@ class TinySDXL(comfy.supported_models.SDXL):
     unet_config = UNET_CONFIG
     unet_extra_config = HEADS
 
+    def get_model(self, *args, **options):
+        model = super().get_model(*args, **options)
+        _regroup(model.diffusion_model)
+        return model
+
     def clip_target(self, state_dict=None):
         return ClipTarget(comfy.sdxl_clip.SDXLTokenizer, TinyCLIP)
 
@@ -73,7 +87,10 @@ def _vae_config(state_dict):
 def _with_config(original):
     @wraps(original)
     def init(self, sd=None, device=None, config=None, **rest):
-        original(self, sd=sd, device=device, config=config or _vae_config(sd), **rest)
+        tiny = _vae_config(sd)
+        original(self, sd=sd, device=device, config=config or tiny, **rest)
+        if tiny is not None:
+            _regroup(self.first_stage_model)
 
     return init
 
