@@ -37,6 +37,8 @@ format: $(VENV)/.test  ## let ruff mend and format the code
 TEACHER_OUT ?= teacher_output
 MAKE_ONE := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m train_lora.demo
 MAKE_TWO := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m train_lora.demo
+MAKE_UNET := $(MAKE_TWO).make_unet $(TEACHER_OUT)/text.safetensors $(TEACHER_OUT)
+LATENTS := $(TEACHER_OUT)/latents_0.safetensors $(TEACHER_OUT)/latents_1.safetensors
 teacher: $(VENV)/.train  ## train the embedded teacher anew: about two hours on 2 cores (TEACHER_OUT=DIR)
 	mkdir $(TEACHER_OUT)
 	$(MAKE_ONE).make_classifier $(TEACHER_OUT)/classifier.safetensors
@@ -45,8 +47,8 @@ teacher: $(VENV)/.train  ## train the embedded teacher anew: about two hours on 
 	$(MAKE_TWO).make_vae $(TEACHER_OUT)/vae.safetensors --init $(TEACHER_OUT)/vae_1.safetensors --steps 600 --seed 1
 	for process in 0 1; do $(MAKE_ONE).make_latents $(TEACHER_OUT)/vae.safetensors \
 	  $(TEACHER_OUT)/latents_$$process.safetensors --seed $$process & done; wait
-	$(MAKE_TWO).make_unet $(TEACHER_OUT)/text.safetensors $(TEACHER_OUT)/unet.safetensors \
-	  $(TEACHER_OUT)/latents_0.safetensors $(TEACHER_OUT)/latents_1.safetensors
+	$(MAKE_UNET)/unet_1.safetensors $(LATENTS) --high-noise 2 --steps 6000 --until 1000
+	$(MAKE_UNET)/unet.safetensors $(LATENTS) --init $(TEACHER_OUT)/unet_1.safetensors --steps 4500 --seed 1
 	$(MAKE_ONE).pack_weights $(TEACHER_OUT)
 
 clean:  ## remove the environment, caches and build leftovers (results stay)

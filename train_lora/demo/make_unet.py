@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 -m train_lora.demo.make_unet TEXT.safetensors OUT.safetensors \\
         LATENTS_0.safetensors LATENTS_1.safetensors
 
-Epsilon prediction on SDXL's schedule, at first more often at high noise, where text is learned, then
-with uniform timesteps (`make teacher` has both commands), 10% of the conditions zeroed (the
+Epsilon prediction on SDXL's schedule, at first more often at high noise, where text is learned,
+then with uniform timesteps (`make teacher` has both commands), 10% of the conditions zeroed (the
 unconditional branch), exponential moving average of the weights. Process N learns from the N-th
 file of latents; gradients are averaged in one flat reduction. The same seed and number of
 processes give the same weights on one machine.
