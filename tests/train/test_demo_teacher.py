@@ -44,7 +44,7 @@ def test_vae_keeps_a_picture_recognisable_and_latents_on_unit_scale(teacher: Com
     # Whitened on 256 other scenes.
     assert latents.std().item() == pytest.approx(1.0, abs=0.1)
     seen = recognised(load_classifier(), decode_latents(teacher, latents), scenes.labels(chosen))
-    assert seen.nanmean().item() > 0.9
+    assert seen.nanmean().item() > 0.96
 
 
 def test_guidance_makes_the_teacher_obey_its_prompt(teacher: Components) -> None:
@@ -56,7 +56,7 @@ def test_guidance_makes_the_teacher_obey_its_prompt(teacher: Components) -> None
         seed=0, guidance=2.0, strength=0.0,
     )  # fmt: skip
     pictures = decode_latents(teacher, latents)
-    assert recognised(load_classifier(), pictures, scenes.labels(chosen)).nanmean().item() > 0.85
+    assert recognised(load_classifier(), pictures, scenes.labels(chosen)).nanmean().item() > 0.93
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
