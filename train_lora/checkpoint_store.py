@@ -57,6 +57,9 @@ class CheckpointStore:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self._purge()
+        for pattern in (".*.partial", ".*.removed"):  # of processes killed earlier
+            for leftover in folder.parent.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
         return folder
 
     def _purge(self) -> None:

@@ -95,10 +95,10 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, to_toml(config))
     log.info(
-        "global batch %d: %d processes x %d images x %d accumulated", trainer.global_batch,
-        accelerator.num_processes, config.training.batch_size,
-        config.training.gradient_accumulation_steps,
-    )  # fmt: skip
+        "global batch %d = processes %d x batch_size %d x gradient_accumulation_steps %d",
+        *(trainer.global_batch, accelerator.num_processes),
+        *(config.training.batch_size, config.training.gradient_accumulation_steps),
+    )
     trainer.run()
     if accelerator.is_main_process:
         trainer.export(directory / LORA_FILE)
@@ -213,7 +213,7 @@ class Trainer:
         """Images of one iteration, over all processes and micro-batches."""
         settings = self.config.training
         local = settings.batch_size * settings.gradient_accumulation_steps
-        return local * self.accelerator.num_processes
+        return local * int(self.accelerator.num_processes)
 
     def run(self) -> None:
         """The iterations that are left, with progress bar, records, validation, checkpoints."""
@@ -221,8 +221,8 @@ class Trainer:
 
         is_main = self.accelerator.is_main_process
         with (
-            Monitor(self.config, self.accelerator, first_iteration=self.iteration) as monitor,
             StopRequest(announce=is_main) as stop,
+            Monitor(self.config, self.accelerator, first_iteration=self.iteration) as monitor,
         ):
             while self.iteration < self.config.training.iterations:
                 iteration, started = self.iteration, time.perf_counter()

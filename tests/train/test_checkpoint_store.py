@@ -93,7 +93,7 @@ def test_a_run_without_a_usable_checkpoint_is_an_error_and_no_start_at_zero(
         newest_complete(tmp_path)
 
 
-def test_what_a_killed_process_left_is_named_not_used_and_replaced(
+def test_what_a_killed_process_left_is_named_not_used_and_swept_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     older = save(tmp_path, 10)
@@ -102,10 +102,9 @@ def test_what_a_killed_process_left_is_named_not_used_and_replaced(
     (unfinished / "half").write_text("x")
     assert newest_complete(tmp_path) == older
     assert str(unfinished) in caplog.text
-    newer = save(tmp_path, 20)
+    newer = save(tmp_path, 30)
     assert newest_complete(tmp_path) == newer
-    assert sorted(path.name for path in newer.parent.iterdir()) == ["000010", "000020"]
-    assert not (newer / "half").exists()
+    assert sorted(path.name for path in newer.parent.iterdir()) == ["000010", "000030"]
 
 
 def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_the_same_iteration(tmp_path: Path) -> None:

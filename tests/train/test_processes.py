@@ -22,12 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from train_lora import cli
+from train_lora.checkpoint_store import newest_complete
 
 ALONE = [sys.executable, "-m", "train_lora.cli"]
-PAIR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-PAIR += ["-m", "train_lora.cli"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PAIR = [*LAUNCHER, "-m", "train_lora.cli"]
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 900  # on a machine that is busy with other things
-ITERATIONS = 6
+ITERATIONS = 8
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -36,7 +38,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @contextmanager
 def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
     )
     try:
         yield process
@@ -166,17 +173,17 @@ def test_two_processes_stopped_killed_and_resumed_make_the_same_file(
     run = tmp_path / "run"
     resume = [*PAIR, "train", "--resume", str(run)]
     with started([*PAIR, *arguments, "--batch_size=2", f"--output.directory={run}"]) as process:
-        wait_for(run / "logs", process)  # the loop has begun
+        wait_for(run / "checkpoints" / "000002", process)
         process.terminate()
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode != 0
         assert "dmd2: stopped by SIGTERM after iteration" in errors
         assert errors.count("and saved; go on with: dmd2 train --resume") == 1
-    (saved,) = (path.name for path in (run / "checkpoints").iterdir())
-    assert int(saved) < ITERATIONS
+    saved = int(newest_complete(run).name)
+    assert saved < ITERATIONS - 2
 
     with started(resume) as process:  # a rank dies
-        wait_for(run / "checkpoints" / f"{int(saved) // 2 * 2 + 2:06d}", process)
+        wait_for(run / "checkpoints" / f"{saved // 2 * 2 + 2:06d}", process)
         os.kill(workers_of(process)[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode != 0
@@ -227,3 +234,19 @@ def test_mistakes_with_runs_end_as_one_sentence(
     assert captured.err.splitlines()[-1].startswith("dmd2: error: ")
     assert message.format(alone=alone) in captured.err
     assert sorted(alone.rglob("*")) == before
+
+
+def test_processes_share_the_step_differ_in_noise_and_skip_together(tmp_path: Path) -> None:
+    finish([*LAUNCHER, "-m", "tests.train.agreement_worker", str(tmp_path)])
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["processes"] == 2
+    assert first["steps"] == second["steps"]
+    assert set(first["steps"]) == {0, 1, 2, 3}
+    assert len({*first["noise"], *second["noise"]}) == 4
+    for result in (first, second):  # in the second process alone something was not finite
+        assert result["skipped_bad_gradient"] == 1
+        assert result["critic_unchanged"]
+        assert result["student_skipped"] == 0
+        assert result["skipped_bad_loss"] == 2
+        assert result["critic_moved"]
+    assert first["weights"] == second["weights"]
