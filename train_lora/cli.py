@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .messages import show_messages
 from .output import check_output_directory
+from .stop import TrainingStopped
 
 if TYPE_CHECKING:
     from .config_load import LoadedConfig
@@ -50,11 +52,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    show_messages()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("\ndmd2: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except TrainingStopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # every process stops, one says so
+            print(f"dmd2: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
     except Exception as error:
         sentence = _user_sentence(error)
         if sentence is None:
@@ -83,6 +90,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_export(commands)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
@@ -117,11 +125,37 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="distil a teacher into a LoRA",
-        usage="dmd2 train --config FILE.toml [--preset NAME] [--ablate NAME] [--key value ...]",
+        usage="dmd2 train (--config FILE.toml | --resume RUNDIR) [--preset NAME] [--ablate NAME] "
+        "[--key value ...]",
         allow_abbrev=False,
+    )
+    command.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUNDIR",
+        help="go on with the run in this folder, from its newest complete checkpoint and with its "
+        "own config.toml; --key value changes what a run may change, such as --iterations",
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a LoRA file from a checkpoint, also of a training that is running",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT_OR_RUNDIR",
+        help="a checkpoint folder, or the folder of a run: its newest complete checkpoint",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
+    )
+    command.set_defaults(run=_export, takes_keys=False, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -181,11 +215,43 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        return _resume(arguments)
     loaded = _load_config(arguments)
     check_output_directory(loaded.config.output.directory, "--output.directory")
     from .trainer import train
 
     print(train(loaded.config).lora)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from .config_load import load, resolve_key
+
+    if arguments.config or arguments.preset or arguments.ablate:
+        raise _UsageError("--resume takes the run's own config.toml; change it by --key value.")
+    if any(resolve_key(name) == "output.directory" for name, _ in arguments.overrides):
+        raise _UsageError("--resume names the run's folder already; remove --output.directory.")
+    config_file = arguments.resume / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(f"{arguments.resume} holds no run to resume: there is no {config_file}.")
+    overrides = [("output.directory", str(arguments.resume)), *arguments.overrides]
+    config = load(file=config_file, overrides=overrides).config
+    from .trainer import resume
+
+    print(resume(config).lora)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.out.suffix != ".safetensors":
+        raise ValueError(f"--out is {str(arguments.out)!r}; name a file that ends in .safetensors.")
+    if arguments.out.exists():
+        raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
+    from .export_checkpoint import export_checkpoint
+
+    export_checkpoint(arguments.checkpoint, arguments.out)
+    print(arguments.out)
     return 0
 
 

@@ -218,7 +218,8 @@ class TrainingConfig(Section):
     """Images in one forward pass."""
 
     gradient_accumulation_steps: int = _number(1, low=1)
-    """Batches whose gradients are added up before an update."""
+    """Batches whose gradients are averaged for one update: the global batch is the number of
+    processes x `batch_size` x this, and only its size, not its parts, decides what is learnt."""
 
     seed: int = _number(0, low=0, high=LARGEST_SEED)
     """Seed of everything random in training; the same seed gives the same LoRA file."""
@@ -234,6 +235,10 @@ class TrainingConfig(Section):
 
     ema_decay: float = _number(0.99, low=0, high=1, open_high=True)
     """Decay, for each student update, of the averaged student that is exported; 0: no averaging."""
+
+    max_nonfinite_in_a_row: int = _number(10, low=1)
+    """Updates of student or critic in a row that may be skipped, because a loss or gradient is not
+    finite, before the run stops; 1: stop at the first."""
 
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the networks' forward passes; losses and LoRA weights are float32 either way."""
@@ -271,11 +276,36 @@ class LoggingConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Section):
+    section: ClassVar[str] = "checkpoint"
+
+    every: int = _number(500, low=0)
+    """Iterations between two checkpoints; 0: only at the end and at a stop (Ctrl-C, SIGTERM),
+    which save in any case."""
+
+    keep_last: int = _number(2, low=1)
+    """The newest checkpoints to keep; older ones are removed."""
+
+    keep_every: int = _number(0, low=0)
+    """Checkpoints at multiples of this many iterations are never removed; 0: none is so kept."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            remedy = f"a multiple of it, such as {self.every}" if self.every else "0"
+            raise ValueError(
+                f"checkpoint.keep_every is {self.keep_every}, but checkpoint.every is "
+                f"{self.every}; set keep_every to {remedy}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig(Section):
     section: ClassVar[str] = "output"
 
     directory: str
-    """Folder of the run: LoRA, logs, validation images. It must be empty or not exist."""
+    """Folder of the run: LoRA, checkpoints, logs, validation images. It must be empty or not
+    exist, unless the run is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,6 +324,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         if not (self.distribution_matching.enabled or self.gan.enabled):
@@ -335,7 +366,7 @@ class Config:
         """What a LoRA's metadata tells about its training: no folders, and nothing that leaves
         the weights as they are, so that the same training gives the same bytes anywhere."""
         settings = self.to_dict()
-        for section in ("output", "logging", "validation"):
+        for section in ("output", "logging", "validation", "checkpoint"):
             del settings[section]
         for section, key in (("model", "path"), ("data", "prompts"), ("data", "real_images")):
             if settings[section][key] is not None:
@@ -358,6 +389,7 @@ SECTIONS: dict[str, type[Section]] = {
         TrainingConfig,
         ValidationConfig,
         LoggingConfig,
+        CheckpointConfig,
     )
 }
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from dmd2_core import MiddleBlockHead, StepPlan, VPSchedule
 from train_lora.config import Config
 from train_lora.config_load import load
+from train_lora.data.training_data import TrainingData
 from train_lora.demo import architecture
 from train_lora.distill import Batch, Distiller, RealImages
 from train_lora.models.components import Components
@@ -17,6 +19,7 @@ from train_lora.models.fingerprint import unet_hash
 from train_lora.models.roles import LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
 from train_lora.models.tokenizer import build_tokenizers
+from train_lora.trainer import Trainer, build_trainer
 
 
 def demo_config(directory: Path, **overrides: Any) -> Config:
@@ -84,3 +87,31 @@ def random_distiller(config: Config, seed: int = 0) -> Distiller:
         plan=StepPlan.evenly(4),
         config=config,
     )
+
+
+SMALL = {
+    "training__batch_size": 2,
+    "student__rank": 4,
+    "critic__rank": 4,
+    "validation__every": 0,
+}
+
+
+def small_trainer(directory: Path, **overrides: object) -> Trainer:
+    """Six prompts and five images, random; batches of 2 unless `overrides` say otherwise."""
+    config = demo_config(directory, **(SMALL | overrides))
+    generator = torch.Generator().manual_seed(3)
+    data = TrainingData(
+        captions=["a scene"] * 6,
+        condition=random_condition(6, generator),
+        real=RealImages(
+            latents=torch.randn(5, 4, 16, 16, generator=generator),
+            condition=random_condition(5, generator),
+        ),
+    )
+    return build_trainer(config, random_components(), data, Accelerator(cpu=True))
+
+
+def weights(trainer: Trainer, role: str) -> torch.Tensor:
+    parameters = trainer.distiller.unet.parameters_of(role)
+    return torch.cat([p.detach().flatten().clone() for p in parameters])
