@@ -24,6 +24,7 @@ TRAIN_LIBRARIES = (
     *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
     *("tensorboard", "torch", "tqdm", "transformers"),
 )
+DATA_LIBRARIES = ("datasets", "pyarrow")
 
 
 class _UsageError(ValueError):
@@ -83,6 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
@@ -122,6 +124,22 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="encode prompts and real images once, into the folder data.cache",
+        usage="dmd2 prepare --config FILE.toml [--preset NAME] [--strict] [--key value ...]",
+        allow_abbrev=False,
+    )
+    _add_config_sources(command)
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if any sample had to be left out, after the others were encoded",
+    )
+    command.set_defaults(run=_prepare, takes_keys=True, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -186,6 +204,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from .trainer import train
 
     print(train(loaded.config).lora)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    loaded = _load_config(arguments)
+    from .prepare import prepare
+
+    print(prepare(loaded.config, strict=arguments.strict))
     return 0
 
 
@@ -278,6 +304,11 @@ def _user_sentence(error: Exception) -> str | None:
         return (
             f"The library {error.name} is not installed; "
             "install the trainer's: pip install '.[train]' -c constraints.txt."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in DATA_LIBRARIES:
+        return (
+            f"The library {error.name}, which reads this kind of data, is not installed; "
+            "install it: pip install '.[data]' -c constraints.txt."
         )
     if isinstance(error, OSError):
         return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."

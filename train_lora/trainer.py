@@ -53,7 +53,7 @@ def train(config: Config) -> TrainResult:
         check_output_directory(directory, "output.directory")
     components = load_model(config)
     place(components, accelerator.device)
-    data = load_training_data(config, components)
+    data = load_training_data(config, components, num_processes=accelerator.num_processes)
     trainer = build_trainer(config, components, data, accelerator)
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from train_lora import config_text
-from train_lora.config import SECTIONS, Bounds, Config, DataConfig, ModelConfig, OutputConfig
+from train_lora.config import SECTIONS, Config, DataConfig, ModelConfig, OutputConfig
 from train_lora.config_load import (
     ABLATIONS,
     DEFAULTS,
@@ -23,6 +23,7 @@ from train_lora.config_load import (
     resolve_key,
     value_of,
 )
+from train_lora.config_section import Bounds
 
 REQUIRED = (
     '[model]\npath = "m"\n[data]\nprompts = "p.txt"\nreal_images = "r"\n[output]\ndirectory = "o"\n'

@@ -27,7 +27,7 @@ SMALL = {
 def small_trainer(directory: Path, **overrides: object) -> Trainer:
     config = demo_config(directory, **(SMALL | overrides))
     generator = torch.Generator().manual_seed(3)
-    data = TrainingData(
+    data = TrainingData.in_memory(
         captions=["a scene"] * 6,
         condition=random_condition(6, generator),
         real=RealImages(
