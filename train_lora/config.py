@@ -237,7 +237,7 @@ class Config:
                 users.append("backward_simulation.enabled is false")
             raise ValueError(
                 f"data.real_images is not set, but {' and '.join(users)}, which takes real images; "
-                "name a folder of captioned images or change that."
+                'name a folder of captioned images, or "teacher", or change that.'
             )
 
         if self.critic.warmup_iterations >= self.training.iterations:

@@ -144,8 +144,8 @@ def _finish(folder: Path, names: list[str], identity: dict[str, Any], *, strict:
         raise ValueError(f"data.real_images has no usable picture ({why}); {where}; mend that.")
     if strict and left_out:
         raise ValueError(
-            f"{len(left_out)} samples cannot be used ({_summary(report)}); {where}; mend or remove "
-            "them and prepare again, or prepare without --strict."
+            f"Some samples cannot be used ({_summary(report)}); {where}; mend or remove them and "
+            "prepare again, or prepare without --strict."
         )
     cache.write_json(folder / cache.MANIFEST, identity | {"complete": True, "shards": shards})
     for kind in (PROMPTS, cache.PICTURES):

@@ -50,6 +50,7 @@ def _draw(
     config: Config, components: Components, captions: list[str], first: int, size: Size
 ) -> Encoded:
     unet = SharedUNet(components.unet, {}, seed=0)  # no adapter: the teacher alone
+    unet.to(components.vae.device)
     batch, latents = config.training.batch_size, []
     for start in range(0, len(captions), batch):
         condition = encode_prompts(

@@ -162,7 +162,7 @@ def load_training_data(
         prompts=prompts,
         buckets=buckets,
         samples_per_step=per_step,
-        device=components.unet.device,
+        device=components.vae.device,
         encode_text=(lambda texts: encode_prompts(components, texts, px, px)) if online else None,
         images_tell_their_size=settings.size_ids == "image",
     )
