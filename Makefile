@@ -65,7 +65,7 @@ $(VENV)/.train: constraints.txt pyproject.toml | $(VENV)/.created
 $(VENV)/.test: constraints.txt pyproject.toml | $(VENV)/.created
 	@echo "Installing the trainer, the tests' tools and ComfyUI's requirements into $(VENV) (6 GB, one to four minutes) ..."
 	$(PIP_INSTALL) setuptools
-	$(INSTALL_SELF) '.[train,test,host]'
+	$(INSTALL_SELF) '.[train,data,test,host]'
 	@touch $(VENV)/.train $@
 
 $(VENV)/.created:

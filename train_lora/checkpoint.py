@@ -146,8 +146,8 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
     data = trainer.data
     return {
         "base model's hash": trainer.distiller.components.base_hash,
-        "number of prompts": len(data.captions),
-        "number of real images": 0 if data.real is None else len(data.real.latents),
+        "number of prompts": len(data.prompts),
+        "number of real images": data.num_real_images,
         "global batch": trainer.global_batch,
     }
 

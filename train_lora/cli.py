@@ -26,6 +26,7 @@ TRAIN_LIBRARIES = (
     *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
     *("tensorboard", "torch", "tqdm", "transformers"),
 )
+DATA_LIBRARIES = ("datasets", "pyarrow")
 
 
 class _UsageError(ValueError):
@@ -91,6 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_export(commands)
+    _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
@@ -156,6 +158,22 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
     )
     command.set_defaults(run=_export, takes_keys=False, parser=command)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="encode prompts and real images once, into the folder data.cache",
+        usage="dmd2 prepare --config FILE.toml [--preset NAME] [--strict] [--key value ...]",
+        allow_abbrev=False,
+    )
+    _add_config_sources(command)
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if any sample had to be left out, after the others were encoded",
+    )
+    command.set_defaults(run=_prepare, takes_keys=True, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -255,6 +273,14 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace) -> int:
+    loaded = _load_config(arguments)
+    from .prepare import prepare
+
+    print(prepare(loaded.config, strict=arguments.strict))
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     check_output_directory(arguments.out, "--out")
     from .demo.run import run_demo
@@ -344,6 +370,11 @@ def _user_sentence(error: Exception) -> str | None:
         return (
             f"The library {error.name} is not installed; "
             "install the trainer's: pip install '.[train]' -c constraints.txt."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in DATA_LIBRARIES:
+        return (
+            f"The library {error.name}, which reads this kind of data, is not installed; "
+            "install it: pip install '.[data]' -c constraints.txt."
         )
     if isinstance(error, OSError):
         return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."

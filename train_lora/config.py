@@ -7,62 +7,17 @@ Defaults are the paper's for an SDXL LoRA in 4 steps; the demo's own are in pres
 
 from __future__ import annotations
 
-import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+from .config_section import Section, show_value
+from .config_section import number as _number
+from .data.settings import DataConfig
 
 NUM_TIMESTEPS = 1000
 LARGEST_SEED = 2**63 - 1
 GAN_RESOLUTIONS_PX = (128, 256, 512, 1024, 2048, 4096)  # 4, 8, ... cells in the middle block
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bounds:
-    """The values that a number may take: `low` to `high`, without an end where it is open."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        """False for NaN and infinities as well."""
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        low = f"greater than {self.low}" if self.open_low else f"at least {self.low}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
-
-
-def _number(default: Any = MISSING, **bounds: Any) -> Any:
-    """A field whose number, or each of whose numbers, must lie within `Bounds(**bounds)`."""
-    return field(default=default, metadata={"bounds": Bounds(**bounds)})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """A TOML table; checks its numbers against their bounds."""
-
-    section: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            bounds = item.metadata.get("bounds")
-            if bounds is None or value is None:
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                if not bounds.holds(number):
-                    which = "each of its numbers" if isinstance(value, tuple) else "it"
-                    raise ValueError(
-                        f"{self.section}.{item.name} is {show_value(value)}; "
-                        f"set {which} to {bounds}."
-                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,31 +26,6 @@ class ModelConfig(Section):
 
     path: str
     """The teacher: a diffusers folder, one SDXL .safetensors file, or "demo" (the embedded one)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig(Section):
-    section: ClassVar[str] = "data"
-
-    prompts: str
-    """Training captions: a .txt file with one on each line, or "demo" for those of drawn scenes."""
-
-    real_images: str | None = None
-    """Real images for the GAN loss: a folder of pictures, each with a .txt caption beside it,
-    or "demo" for drawn scenes. Needed unless the GAN is off and backward simulation is on."""
-
-    resolution_px: int = _number(1024, low=64, high=4096)
-    """Width and height of the training images in pixels, a multiple of 64; with the GAN a power
-    of two from 128 on."""
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.resolution_px % 64:
-            nearest = max(64, round(self.resolution_px / 64) * 64)
-            raise ValueError(
-                f"data.resolution_px is {self.resolution_px}; set it to a multiple of 64, "
-                f"such as {nearest}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,7 +268,7 @@ class Config:
                 users.append("backward_simulation.enabled is false")
             raise ValueError(
                 f"data.real_images is not set, but {' and '.join(users)}, which takes real images; "
-                "name a folder of captioned images or change that."
+                'name a folder of captioned images, or "teacher", or change that.'
             )
 
         if self.critic.warmup_iterations >= self.training.iterations:
@@ -368,7 +298,8 @@ class Config:
         settings = self.to_dict()
         for section in ("output", "logging", "validation", "checkpoint"):
             del settings[section]
-        for section, key in (("model", "path"), ("data", "prompts"), ("data", "real_images")):
+        paths = ("prompts", "real_images", "cache")
+        for section, key in (("model", "path"), *(("data", name) for name in paths)):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -397,12 +328,3 @@ SECTIONS: dict[str, type[Section]] = {
 def _plain_dict(section: Section) -> dict[str, Any]:
     values = {item.name: getattr(section, item.name) for item in fields(section)}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-
-
-def show_value(value: Any) -> str:
-    """A value as the user would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "none"
-    return str(list(value)) if isinstance(value, tuple) else repr(value)

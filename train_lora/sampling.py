@@ -19,6 +19,9 @@ from .models.components import Components
 from .models.roles import SharedUNet
 from .models.text import Condition
 
+TEACHER_STEPS = 50
+"""Steps of the teacher's own sampler (DDIM) where its images are made or shown."""
+
 
 @torch.no_grad()
 def sample_latents(

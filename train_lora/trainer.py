@@ -88,7 +88,7 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
     components = load_model(config)
     place(components, accelerator.device)
     log.info("encoding prompts and images")
-    data = load_training_data(config, components)
+    data = load_training_data(config, components, num_processes=accelerator.num_processes)
     trainer = build_trainer(config, components, data, accelerator)
     if checkpoint is not None:
         restore(trainer, checkpoint, read_state(checkpoint))

@@ -101,7 +101,7 @@ def small_trainer(directory: Path, **overrides: object) -> Trainer:
     """Six prompts and five images, random; batches of 2 unless `overrides` say otherwise."""
     config = demo_config(directory, **(SMALL | overrides))
     generator = torch.Generator().manual_seed(3)
-    data = TrainingData(
+    data = TrainingData.in_memory(
         captions=["a scene"] * 6,
         condition=random_condition(6, generator),
         real=RealImages(

@@ -49,7 +49,7 @@ class Condition:
 
     def latent_shape(self, channels: int = 4) -> tuple[int, int, int, int]:
         """(B, channels, H/8, W/8) of the pictures that the size ids speak of."""
-        height, width = (int(pixels) // LATENT_PX for pixels in self.time_ids[0, :2].tolist())
+        height, width = (int(pixels) // LATENT_PX for pixels in self.time_ids[0, 4:].tolist())
         return len(self), channels, height, width
 
     def zeros_like(self) -> Condition:
