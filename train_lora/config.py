@@ -70,7 +70,16 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     path: str
-    """The teacher: a diffusers folder, one SDXL .safetensors file, or "demo" (the embedded one)."""
+    """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
+    (downloaded once), or "demo" (the embedded one)."""
+
+    prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
+    """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
+    Needed for a file that does not say it; against what the file says it is refused."""
+
+    base_precision: Literal["auto", "bf16", "fp16", "fp32", "8bit", "4bit"] = "auto"
+    """Precision in which the frozen base is stored; 8bit and 4bit need bitsandbytes. "auto": bf16
+    on a GPU with mixed_precision "bf16", else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +111,16 @@ class DataConfig(Section):
 class StudentConfig(Section):
     section: ClassVar[str] = "student"
 
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA, or a full copy of the weights, which is exported as a checkpoint
+    and as a LoRA extracted from it."""
+
+    init: str | None = None
+    """A few-step LoRA file to start from; "none": start from the teacher itself."""
+
     rank: int = _number(64, low=1, high=4096)
-    """Rank of the student's LoRA: the one that is exported."""
+    """Rank of the student's LoRA: the one that is exported; of full weights, the rank of the
+    LoRA that is extracted."""
 
     alpha: float = _number(8.0, low=0, open_low=True)
     """Scale of the student's LoRA: its output is multiplied by alpha / rank."""
@@ -115,6 +132,9 @@ class StudentConfig(Section):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig(Section):
     section: ClassVar[str] = "critic"
+
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA on the shared base, or a full copy of the weights."""
 
     rank: int = _number(64, low=1, high=4096)
     """Rank of the critic's LoRA; at least the student's, since it tracks the student."""
@@ -241,6 +261,13 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = True
     """Whether activations are computed again in the backward pass: less memory, but slower."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with float32 states, or with 8-bit ones (bitsandbytes): a quarter of their memory."""
+
+    compile: bool = False
+    """Whether torch.compile makes the transformer blocks faster; the first iterations take
+    minutes longer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig(Section):
@@ -271,6 +298,17 @@ class LoggingConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig(Section):
+    section: ClassVar[str] = "export"
+
+    names: Literal["sd-scripts", "diffusers"] = "sd-scripts"
+    """Names in the LoRA file: sd-scripts' load everywhere, diffusers' in diffusers alone."""
+
+    thumbnail: bool = True
+    """Whether the file's metadata holds a small picture, drawn from the first training caption."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig(Section):
     section: ClassVar[str] = "output"
 
@@ -294,6 +332,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    export: ExportConfig = ExportConfig()
 
     def __post_init__(self) -> None:
         if not (self.distribution_matching.enabled or self.gan.enabled):
@@ -310,6 +349,18 @@ class Config:
                 "name a folder of captioned images or change that."
             )
 
+        lowered = ("bf16", "fp16", "8bit", "4bit")
+        if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
+            raise ValueError(
+                f'model.base_precision is "{self.model.base_precision}", which is for storage and '
+                'computes in bf16; set training.mixed_precision to "bf16", or model.base_precision '
+                'to "fp32".'
+            )
+        if self.student.kind == "full" and self.student.init is not None:
+            raise ValueError(
+                f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
+                'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
+            )
         if self.critic.warmup_iterations >= self.training.iterations:
             raise ValueError(
                 f"critic.warmup_iterations is {self.critic.warmup_iterations}, but "
@@ -335,9 +386,14 @@ class Config:
         """What a LoRA's metadata tells about its training: no folders, and nothing that leaves
         the weights as they are, so that the same training gives the same bytes anywhere."""
         settings = self.to_dict()
-        for section in ("output", "logging", "validation"):
+        for section in ("output", "logging", "validation", "export"):
             del settings[section]
-        for section, key in (("model", "path"), ("data", "prompts"), ("data", "real_images")):
+        for section, key in (
+            ("model", "path"),
+            ("student", "init"),
+            ("data", "prompts"),
+            ("data", "real_images"),
+        ):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -358,6 +414,7 @@ SECTIONS: dict[str, type[Section]] = {
         TrainingConfig,
         ValidationConfig,
         LoggingConfig,
+        ExportConfig,
     )
 }
 

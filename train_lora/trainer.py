@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dmd2_core import MiddleBlockHead, Recipe, StepPlan, derived_generator, derived_seed
+from dmd2_core import MiddleBlockHead, StepPlan, derived_generator, derived_seed
 
 from .average import WeightAverage
 from .config import Config
@@ -18,16 +18,22 @@ from .config_text import to_toml
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller, Figures
 from .distributed import average_gradients
+from .finish import export_student, thumbnail, thumbnail_condition
+from .model_setup import build_unet, load_model
 from .models.components import Components
-from .models.roles import CRITIC, STUDENT, LoraSpec, SharedUNet
+from .models.placement import place, place_encoders
+from .models.roles import CRITIC, STUDENT
+from .models.text import LATENT_PX, Condition
+from .optimizer import build_optimizer
 from .output import check_output_directory
 from .validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["TrainResult", "Trainer", "build_trainer", "load_model", "place", "step_plan", "train"]
+
 LORA_FILE = "lora.safetensors"
-MIDDLE_BLOCK_DOWNSCALE = 4  # SDXL's middle block works at a quarter of the latent's side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +57,11 @@ def train(config: Config) -> TrainResult:
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     if accelerator.is_main_process:  # the others would see what it has begun to write
         check_output_directory(directory, "output.directory")
-    components = load_model(config)
-    place(components, accelerator.device)
+    components = load_model(config, accelerator.device)
+    place_encoders(components, accelerator.device)
     data = load_training_data(config, components)
     trainer = build_trainer(config, components, data, accelerator)
+    place_encoders(components, torch.device("cpu"))  # all is encoded
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -63,21 +70,6 @@ def train(config: Config) -> TrainResult:
         trainer.export(directory / LORA_FILE)
     accelerator.wait_for_everyone()
     return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)
-
-
-def load_model(config: Config) -> Components:
-    if config.model.path == "demo":
-        from .demo.teacher import load_teacher
-
-        return load_teacher()
-    from .models.loading import load_components
-
-    return load_components(config.model.path)
-
-
-def place(components: Components, device: torch.device) -> None:
-    for network in (components.unet, components.vae, *components.text_encoders):
-        network.to(device)
 
 
 def step_plan(config: Config) -> StepPlan:
@@ -92,24 +84,17 @@ def step_plan(config: Config) -> StepPlan:
 def build_trainer(
     config: Config, components: Components, data: TrainingData, accelerator: Accelerator
 ) -> Trainer:
-    """The shared UNet with its two adapters, the head, and everything the loop needs."""
-    settings = config.training
-    adapters = {
-        STUDENT: LoraSpec(rank=config.student.rank, alpha=config.student.alpha),
-        CRITIC: LoraSpec(rank=config.critic.rank, alpha=config.critic.alpha),
-    }
-    unet = SharedUNet(components.unet, adapters, seed=settings.seed)
-    if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    """The UNet in its roles, the head, and everything the loop needs."""
+    unet = build_unet(config, components, accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
         head = MiddleBlockHead(
             unet.feature_channels,
-            config.data.resolution_px // 8 // MIDDLE_BLOCK_DOWNSCALE,
-            generator=derived_generator(settings.seed, HEAD_STREAM),
+            config.data.resolution_px // LATENT_PX // unet.feature_downscale,
+            generator=derived_generator(config.training.seed, HEAD_STREAM),
         )
     distiller = Distiller(
-        unet=unet.to(accelerator.device),
+        unet=unet,
         head=head.to(accelerator.device),
         components=components,
         plan=step_plan(config),
@@ -166,12 +151,16 @@ class Trainer:
         self.validation = Validation(
             config=config, distiller=distiller, captions=data.captions, average=self.average
         )
+        self.pictured: Condition | None = None
+        if config.export.thumbnail:
+            self.pictured = thumbnail_condition(config, distiller, list(data.captions[:1]))
         self.seconds_training = 0.0
 
     def _update(self, groups: list[tuple[list[nn.Parameter], float]]) -> Update:
         settings = self.config.training
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups],
+        optimizer = build_optimizer(
+            settings.optimizer,
+            groups,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
@@ -247,20 +236,8 @@ class Trainer:
 
     def export(self, path: Path) -> None:
         """Write the averaged student as a LoRA file with its recipe."""
-        from .export import export_lora
-
-        config, components = self.config, self.distiller.components
-        recipe = Recipe(
-            timesteps=self.distiller.plan.timesteps,
-            conditioning_timestep=self.distiller.plan.conditioning_timestep,
-            prediction=components.prediction,
-            zero_terminal_snr=components.schedule.has_zero_terminal_snr,
-            teacher_guidance=config.distribution_matching.guidance,
-            lora_rank=config.student.rank,
-            lora_alpha=config.student.alpha,
-            base_model=components.name,
-            base_model_hash=components.base_hash,
-            trained_with=config.recipe_settings(),
-        )
         with self.average.applied():
-            export_lora(self.distiller.unet, STUDENT, path, recipe)
+            picture = None
+            if self.pictured is not None:
+                picture = thumbnail(self.config, self.distiller, self.pictured)
+            export_student(self.config, self.distiller, path, picture=picture)
