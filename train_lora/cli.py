@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAIN_LIBRARIES = (
-    *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
+    *("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "safetensors"),
     *("tensorboard", "torch", "tqdm", "transformers"),
 )
 

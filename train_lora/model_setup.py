@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from .config import Config
 from .models.components import Components
@@ -88,7 +89,8 @@ def warm_start(unet: SharedUNet, path: str, components: Components) -> None:
     if recipe is not None:
         _check_same_prediction(path, recipe, components)
     load_lora_into(unet, path, STUDENT)
-    print(WARM_START_NOTICE.format(path=path), file=sys.stderr)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(WARM_START_NOTICE.format(path=path), file=sys.stderr)
 
 
 def _check_same_prediction(path: str, recipe: Recipe, components: Components) -> None:

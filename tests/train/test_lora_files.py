@@ -164,7 +164,7 @@ def test_diffusers_names_carry_alpha_in_the_weights_and_come_back(
             },
             "does not say its alpha",
         ),
-        ({"lora_unet_x.hada_w1_a": (1, 1)}, "not a plain LoRA .it holds lora_unet_x.hada_w1_a"),
+        ({"lora_unet_x.hada_w1_a": (1, 1)}, r"not a plain LoRA \(it has no .lora_down"),
         (
             {
                 "unet.x.lora_A.weight": (1, 1),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from dmd2_core import Recipe, VPSchedule
 from train_lora.data.training_data import TrainingData
 from train_lora.distill import RealImages
-from train_lora.export import export_lora, read_lora, shared_unet_with_lora
+from train_lora.export import read_lora, shared_unet_with_lora
 from train_lora.finish import CHECKPOINT_FILE
 from train_lora.models.components import Components
 from train_lora.models.loading import load_components
@@ -22,7 +22,7 @@ from train_lora.models.roles import CRITIC, STUDENT, LoraSpec, SharedUNet
 from train_lora.models.saving import save_single_file
 from train_lora.trainer import Trainer, build_trainer
 
-from .tiny import demo_config, random_components, random_condition
+from .tiny import demo_config, random_components, random_condition, student_file
 from .tiny_sd15 import random_sd15
 
 SMALL = {
@@ -54,7 +54,7 @@ def moved(trainer: Trainer, role: str, iteration: int = 0) -> float:
     """How far one iteration moves the role's weights."""
     before = [weight.detach().clone() for weight in trainer.distiller.unet.parameters_of(role)]
     trainer.iterate(iteration)
-    after = trainer.distiller.unet.parameters_of(role)
+    after = [weight.detach() for weight in trainer.distiller.unet.parameters_of(role)]
     return sum(float((a - b).norm()) for a, b in zip(after, before, strict=True))
 
 
@@ -170,17 +170,6 @@ def test_a_full_student_is_exported_as_checkpoint_and_as_lora(
 # Warm start
 
 
-def student_file(path: Path, recipe: Recipe | None = None, components=None, rank: int = 2) -> Path:
-    model = components or random_components()
-    unet = SharedUNet(model.unet, {STUDENT: LoraSpec(rank=rank, alpha=1.0)}, seed=1)
-    for weight in unet.parameters_of(STUDENT):
-        weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
-    export_lora(
-        unet, STUDENT, path, recipe or Recipe(timesteps=(999, 749, 499, 249)), dtype=torch.float32
-    )
-    return path
-
-
 def test_a_warm_start_begins_as_the_lora_and_says_what_it_inherits(
     tmp_path: Path, make_inputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +233,7 @@ def test_checkpointing_covers_the_gan_passes_with_equal_gradients(tmp_path: Path
         results.append([w.grad.clone() for w in (*weights, *distiller.head.parameters())])
         calls = []
         block = distiller.unet.unet.mid_block.attentions[0].transformer_blocks[0]
-        hook = block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        hook = block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with distiller.unet.role(CRITIC):
             distiller._logits(sample.x0.detach(), sample.condition, noise).sum().backward()
         hook.remove()
@@ -269,12 +258,21 @@ def test_bf16_autocast_trains_close_to_float32_and_exports(tmp_path: Path) -> No
     assert not torch.equal(*gradients)
 
 
-def test_a_network_is_moved_for_its_work_and_back() -> None:
-    network = torch.nn.Linear(2, 2)
-    with placed(network, torch.device("meta")):
-        assert network.weight.device.type == "meta"
-    # (Values do not come back from "meta"; the place does.)
-    assert network.weight.device.type in ("cpu", "meta")
+def test_a_network_is_moved_for_its_work_and_back_even_after_an_error() -> None:
+    moves = []
+
+    class Recorded(torch.nn.Linear):
+        def to(self, device: torch.device) -> Recorded:
+            moves.append(str(device))
+            return self
+
+    def work() -> None:
+        moves.append("work")
+        raise KeyError
+
+    with pytest.raises(KeyError), placed(Recorded(2, 2), torch.device("cuda")):
+        work()
+    assert moves == ["cuda", "work", "cpu"]
 
 
 def test_the_thumbnail_can_be_left_out(tmp_path: Path) -> None:

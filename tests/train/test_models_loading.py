@@ -270,7 +270,7 @@ def test_a_lora_is_not_a_checkpoint(tmp_path):
 
 
 def test_missing_damaged_and_foreign_file(file, tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist: give an SDXL or SD1.5"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give an SDXL or SD1\.5"):
         load_components(tmp_path / "nowhere")
     (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="damaged, incomplete or not a safetensors file"):
@@ -279,7 +279,7 @@ def test_missing_damaged_and_foreign_file(file, tmp_path):
     with pytest.raises(ValueError, match="damaged, incomplete or not a safetensors file"):
         load_components(tmp_path / "text.safetensors")
     (tmp_path / "old.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a pickle, which can run any code .* convert it"):
+    with pytest.raises(ValueError, match=r"is a pickle, which can run any code .* convert it"):
         load_components(tmp_path / "old.ckpt")
 
 

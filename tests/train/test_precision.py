@@ -159,6 +159,7 @@ def test_groups_keep_their_learning_rates():
 # torch.compile
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad and warns itself
 def test_compiled_blocks_compute_the_same_in_every_role(shared_components, make_inputs):
     """dynamo's tracing and guards, with a backend that runs the traced graph as it is."""
     specs = {STUDENT: LoraSpec(rank=2, alpha=2), CRITIC: FullSpec()}

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from dmd2_core import MiddleBlockHead, StepPlan, VPSchedule
+from dmd2_core import MiddleBlockHead, Recipe, StepPlan, VPSchedule
 from train_lora.config import Config
 from train_lora.config_load import load
 from train_lora.demo import architecture
 from train_lora.distill import Batch, Distiller, RealImages
+from train_lora.export import export_lora
 from train_lora.models.components import Components
 from train_lora.models.fingerprint import unet_hash
-from train_lora.models.roles import LoraSpec, SharedUNet
+from train_lora.models.roles import STUDENT, LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
 from train_lora.models.tokenizer import build_tokenizers
 
@@ -84,3 +85,16 @@ def random_distiller(config: Config, seed: int = 0) -> Distiller:
         plan=StepPlan.evenly(4),
         config=config,
     )
+
+
+def student_file(
+    path: Path, recipe: Recipe | None = None, components: Components | None = None, rank: int = 2
+) -> Path:
+    """A LoRA of random weights for these components, written to `path`."""
+    model = components or random_components()
+    unet = SharedUNet(model.unet, {STUDENT: LoraSpec(rank=rank, alpha=1.0)}, seed=1)
+    for weight in unet.parameters_of(STUDENT):
+        weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    recipe = recipe or Recipe(timesteps=(999, 749, 499, 249))
+    export_lora(unet, STUDENT, path, recipe, dtype=torch.float32)
+    return path

@@ -1,7 +1,8 @@
 """The numbers that the frozen base is stored in: float32, bfloat16, float16, 8 or 4 bits.
 
 8 and 4 bits are bitsandbytes' (LLM.int8 and NF4) on the linear layers of the transformer blocks,
-four fifths of SDXL's weights; convolutions, norms and embeddings stay in bfloat16.
+four fifths of SDXL's weights; convolutions and embeddings stay in bfloat16. Norms, a few thousand
+numbers, are float32 everywhere. All but float32 are for storage: passes run under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "8bit": torch.bfloat16,
     "4bit": torch.bfloat16,
 }
-"""Of what is not quantised, and of inputs."""
+"""Of what is not quantised."""
 _QUANTISED = ("8bit", "4bit")
 _DEVICES = ("cuda", "xpu", "cpu")
 _MIN_CAPABILITY = (7, 5)  # Turing: the first with the int8 products of LLM.int8
@@ -62,6 +63,9 @@ def needs_bitsandbytes(what: str) -> None:
 def set_precision(unet: UNet2DConditionModel, precision: Precision) -> UNet2DConditionModel:
     """`unet` itself, changed; quantised weights shrink when they are moved to their device."""
     unet.to(DTYPES[precision])
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float()
     if precision in _QUANTISED:
         for name, module in list(unet.named_modules()):
             if isinstance(module, nn.Linear) and _is_quantised(name):

@@ -128,7 +128,7 @@ class SharedUNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
         unet = self.network_of(self._role)
-        dtype = unet.conv_in.weight.dtype
+        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
         hidden, added = _inputs(condition, dtype)
         with self._autocast(x_t):
             output = unet(
@@ -146,7 +146,7 @@ class SharedUNet(nn.Module):
         SDXL at 1024 px: 1280 channels at 32x32.
         """
         unet = self.network_of(self._role)
-        dtype = unet.conv_in.weight.dtype
+        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
         hidden, added = _inputs(condition, dtype)
         sample = x_t.to(dtype)
         with self._autocast(x_t):

@@ -79,7 +79,7 @@ def _architecture(path: Path, file: Mapping[str, Tensor]) -> Kind:
         what = "is a diffusion transformer (such as Flux or SD3), not SDXL or SD1.5"
     elif any(name in file for name in _EDM_TENSORS):
         what = "was trained on an EDM schedule, which is not that of SDXL and SD1.5"
-    elif missing and has("down_blocks.", "conv_in."):
+    elif missing and has("down_blocks.", "encoder.", "decoder.", "text_model."):
         what = "is one network of a diffusers folder, not a checkpoint (name the folder above it)"
     elif missing == list(_PARTS[kind]):
         what = "is neither an SDXL nor an SD1.5 checkpoint"
