@@ -27,7 +27,7 @@ from .config_load import from_dict, ineffective_keys, value_of
 from .models.safetensors_io import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .loop import Trainer
     from .update import Update
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,14 @@ STUDENT_WEIGHTS, CRITIC_WEIGHTS, AVERAGE = "student", "critic", "student_average
 LIBRARIES = ("dmd2", "torch", "diffusers", "peft", "accelerate", "safetensors")
 
 CHANGEABLE = (
-    *("validation", "logging", "checkpoint", "output.directory"),
-    *("model.path", "data.prompts", "data.real_images"),  # moved; the content is compared
+    *("validation", "logging", "checkpoint", "export", "output.directory"),
     *("student.learning_rate", "critic.learning_rate", "gan.learning_rate"),
     *("training.iterations", "training.batch_size", "training.gradient_accumulation_steps"),
-    *("training.gradient_checkpointing", "training.max_nonfinite_in_a_row"),
+    *("training.gradient_checkpointing", "training.compile", "training.max_nonfinite_in_a_row"),
 )
 """Sections and keys that a resumed run may set anew; of the batch, the total must stay."""
+MOVABLE = ("model.path", "data.prompts", "data.real_images", "data.cache")
+"""Paths that may be others, since the content is compared, but not appear or go."""
 
 
 def tensors_of(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -70,6 +71,7 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "iteration": trainer.iteration,
         "seconds_training": trainer.seconds_training,
         "average_updates": trainer.average.num_updates,
+        "caption": trainer.caption,
         "student": _counters(trainer.student),
         "critic": _counters(trainer.critic),
         "matches": _identity(trainer),
@@ -93,6 +95,8 @@ def check_config(state: Mapping[str, Any], config: Config, run: str | Path) -> N
         for key in (f"{section}.{item.name}" for item in fields(kind)):
             old, new = value_of(before, key), value_of(config, key)
             if old == new or key in idle or section in CHANGEABLE or key in CHANGEABLE:
+                continue
+            if key in MOVABLE and None not in (old, new):
                 continue
             raise ValueError(
                 f"{key} is {show_value(new)}, but the run in {run} has trained with "

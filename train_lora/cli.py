@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAIN_LIBRARIES = (
-    *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
+    *("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "safetensors"),
     *("tensorboard", "torch", "tqdm", "transformers"),
 )
 DATA_LIBRARIES = ("datasets", "pyarrow")
@@ -268,8 +268,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
     from .export_checkpoint import export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out)
-    print(arguments.out)
+    for path in export_checkpoint(arguments.checkpoint, arguments.out):
+        print(path)
     return 0
 
 

@@ -7,16 +7,23 @@ Defaults are the paper's for an SDXL LoRA in 4 steps; the demo's own are in pres
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .config_section import Section, show_value
+from .config_results import (
+    RESULTS,
+    CheckpointConfig,
+    ExportConfig,
+    LoggingConfig,
+    OutputConfig,
+    ValidationConfig,
+)
+from .config_section import LARGEST_SEED, Section, show_value
 from .config_section import number as _number
 from .data.settings import DataConfig
 
 NUM_TIMESTEPS = 1000
-LARGEST_SEED = 2**63 - 1
 GAN_RESOLUTIONS_PX = (128, 256, 512, 1024, 2048, 4096)  # 4, 8, ... cells in the middle block
 
 
@@ -25,15 +32,32 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     path: str
-    """The teacher: a diffusers folder, one SDXL .safetensors file, or "demo" (the embedded one)."""
+    """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
+    (downloaded once), or "demo" (the embedded one)."""
+
+    prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
+    """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
+    Needed for a file that does not say it; against what the file says it is refused."""
+
+    base_precision: Literal["auto", "bf16", "fp16", "fp32", "8bit", "4bit"] = "auto"
+    """Precision in which the frozen base is stored; 8bit and 4bit need bitsandbytes. "auto": bf16
+    on a GPU with mixed_precision "bf16", else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig(Section):
     section: ClassVar[str] = "student"
 
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA, or a full copy of the weights, which is exported as a checkpoint
+    and as a LoRA extracted from it."""
+
+    init: str | None = None
+    """A few-step LoRA file to start from; "none": start from the teacher itself."""
+
     rank: int = _number(64, low=1, high=4096)
-    """Rank of the student's LoRA: the one that is exported."""
+    """Rank of the student's LoRA: the one that is exported; of full weights, the rank of the
+    LoRA that is extracted."""
 
     alpha: float = _number(8.0, low=0, open_low=True)
     """Scale of the student's LoRA: its output is multiplied by alpha / rank."""
@@ -45,6 +69,9 @@ class StudentConfig(Section):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig(Section):
     section: ClassVar[str] = "critic"
+
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA on the shared base, or a full copy of the weights."""
 
     rank: int = _number(64, low=1, high=4096)
     """Rank of the critic's LoRA; at least the student's, since it tracks the student."""
@@ -176,66 +203,12 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = True
     """Whether activations are computed again in the backward pass: less memory, but slower."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with float32 states, or with 8-bit ones (bitsandbytes): a quarter of their memory."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationConfig(Section):
-    section: ClassVar[str] = "validation"
-
-    every: int = _number(500, low=0)
-    """Iterations between two grids of validation images; 0: none."""
-
-    prompts: tuple[str, ...] = ()
-    """Captions to draw; empty: the first `num_prompts` of the training captions."""
-
-    num_prompts: int = _number(8, low=1, high=64)
-    """How many training captions to draw."""
-
-    seed: int = _number(0, low=0, high=LARGEST_SEED)
-    """Seed of the validation noise, the same at every grid."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoggingConfig(Section):
-    section: ClassVar[str] = "logging"
-
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
-    """Where losses and validation images are recorded."""
-
-    every: int = _number(10, low=1)
-    """Iterations between two records of the losses."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig(Section):
-    section: ClassVar[str] = "checkpoint"
-
-    every: int = _number(500, low=0)
-    """Iterations between two checkpoints; 0: only at the end and at a stop (Ctrl-C, SIGTERM),
-    which save in any case."""
-
-    keep_last: int = _number(2, low=1)
-    """The newest checkpoints to keep; older ones are removed."""
-
-    keep_every: int = _number(0, low=0)
-    """Checkpoints at multiples of this many iterations are never removed; 0: none is so kept."""
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.keep_every and (not self.every or self.keep_every % self.every):
-            remedy = f"a multiple of it, such as {self.every}" if self.every else "0"
-            raise ValueError(
-                f"checkpoint.keep_every is {self.keep_every}, but checkpoint.every is "
-                f"{self.every}; set keep_every to {remedy}."
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OutputConfig(Section):
-    section: ClassVar[str] = "output"
-
-    directory: str
-    """Folder of the run: LoRA, checkpoints, logs, validation images. It must be empty or not
-    exist, unless the run is resumed."""
+    compile: bool = False
+    """Whether torch.compile makes the transformer blocks faster; the first iterations take
+    minutes longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,9 +225,10 @@ class Config:
     gan: GanConfig = GanConfig()
     backward_simulation: BackwardSimulationConfig = BackwardSimulationConfig()
     training: TrainingConfig = TrainingConfig()
-    validation: ValidationConfig = ValidationConfig()
-    logging: LoggingConfig = LoggingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         if not (self.distribution_matching.enabled or self.gan.enabled):
@@ -271,6 +245,18 @@ class Config:
                 'name a folder of captioned images, or "teacher", or change that.'
             )
 
+        lowered = ("bf16", "fp16", "8bit", "4bit")
+        if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
+            raise ValueError(
+                f'model.base_precision is "{self.model.base_precision}", which is for storage and '
+                'computes in bf16; set training.mixed_precision to "bf16", or model.base_precision '
+                'to "fp32".'
+            )
+        if self.student.kind == "full" and self.student.init is not None:
+            raise ValueError(
+                f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
+                'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
+            )
         if self.critic.warmup_iterations >= self.training.iterations:
             raise ValueError(
                 f"critic.warmup_iterations is {self.critic.warmup_iterations}, but "
@@ -296,10 +282,10 @@ class Config:
         """What a LoRA's metadata tells about its training: no folders, and nothing that leaves
         the weights as they are, so that the same training gives the same bytes anywhere."""
         settings = self.to_dict()
-        for section in ("output", "logging", "validation", "checkpoint"):
-            del settings[section]
-        paths = ("prompts", "real_images", "cache")
-        for section, key in (("model", "path"), *(("data", name) for name in paths)):
+        for results in RESULTS:
+            del settings[results.section]
+        sources = (("data", key) for key in ("prompts", "real_images", "cache"))
+        for section, key in (("model", "path"), ("student", "init"), *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -321,6 +307,7 @@ SECTIONS: dict[str, type[Section]] = {
         ValidationConfig,
         LoggingConfig,
         CheckpointConfig,
+        ExportConfig,
     )
 }
 

@@ -149,6 +149,12 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(rest_of("validation", "every"), "validation.every")
     if config.validation.prompts:
         mark(["validation.num_prompts"], "validation.prompts")
+    if config.student.kind == "full":
+        mark(["student.alpha"], "student.kind")
+    if config.critic.kind == "full":
+        mark(["critic.rank", "critic.alpha"], "critic.kind")
+    if config.model.path == "demo":
+        mark(["model.prediction"], "model.path")
     if config.logging.tracker == "none":
         mark(["logging.every"], "logging.tracker")
     return found

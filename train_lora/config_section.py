@@ -6,6 +6,8 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+LARGEST_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:

@@ -147,7 +147,7 @@ class Distiller:
         x_t = add_noise(self.components.schedule, x, randn_like(x, draws), t)
         with self.unet.role("teacher"):
             teacher = guided(self.denoiser, settings.guidance)
-            x0_real = teacher(x_t, t, condition, condition.zeros_like())
+            x0_real = teacher(x_t, t, condition, self.components.unconditional(condition))
         with self.unet.role("critic"):
             x0_fake = self.denoiser(x_t, t, condition)
         return distribution_matching_gradient(x, x0_real, x0_fake)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from .checkpoint import AVERAGE, read_state
 from .checkpoint_store import MANIFEST, damage, newest_complete
 from .config_load import from_dict
-from .export import export_lora
-from .models.roles import STUDENT, LoraSpec, SharedUNet
+from .finish import export_student, thumbnail_condition
+from .model_setup import build_unet, load_model
+from .models.roles import STUDENT
 from .models.safetensors_io import read_safetensors
-from .trainer import load_model, recipe_of
 
 
-def export_checkpoint(source: Path, out: Path) -> None:
+def export_checkpoint(source: Path, out: Path) -> list[Path]:
     """Write the averaged student of a checkpoint, or of a run's newest complete one, to `out`.
 
-    The file is the one that the training would write at that iteration. On the CPU; the base
-    model is loaded for its architecture, and refused if it is not the run's.
+    The file is the one that the training would write at that iteration (its picture, which is
+    drawn anew, to the last bit only on the same kind of device); a full student's whole checkpoint
+    goes beside it. On the CPU; the base model is refused if it is not the run's.
     """
     checkpoint = _find(source)
     state = read_state(checkpoint)
@@ -29,11 +32,21 @@ def export_checkpoint(source: Path, out: Path) -> None:
             f"{config.model.path} is not the model that {checkpoint} was trained on (its hash is "
             f"{components.base_hash[:12]}, not {expected[:12]}); put that one back."
         )
-    spec = LoraSpec(rank=config.student.rank, alpha=config.student.alpha)
-    unet = SharedUNet(components.unet, {STUDENT: spec}, seed=0)
+    unet = build_unet(config, components, torch.device("cpu"), roles=(STUDENT,))
     weights, _ = read_safetensors(checkpoint / f"{AVERAGE}.safetensors")
     unet.load_role_state_dict(STUDENT, weights)
-    export_lora(unet, STUDENT, out, recipe_of(config, components, state["iteration"]))
+    pictured = None
+    if config.export.thumbnail:
+        pictured = thumbnail_condition(config, components, state["caption"])
+    return export_student(
+        config,
+        components,
+        unet,
+        out,
+        whole=out.with_stem(f"{out.stem}_full"),
+        iterations=state["iteration"],
+        pictured=pictured,
+    )
 
 
 def _find(source: Path) -> Path:

@@ -32,7 +32,8 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
     """
     from accelerate import PartialState
 
-    from .trainer import load_model, place
+    from .model_setup import load_model
+    from .models.placement import place_encoders
 
     if config.data.cache is None:
         raise ValueError("data.cache is not set; name the folder to fill: --data.cache DIR.")
@@ -46,8 +47,8 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
     captions = read_training_prompts(config)
     check_sources(config)
     state = PartialState()
-    components = load_model(config)
-    place(components, state.device)
+    components = load_model(config, state.device)
+    place_encoders(components, state.device)
     model = cache.model_identity(components)
     if found is not None:
         keys = found["settings"].keys() | settings.keys()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.train.tiny import small_trainer, weights
+from tests.train.tiny import real_latents, small_trainer, weights
 
 
 def main(folder: Path) -> None:
@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     }
     trainer.iterate(0)
     before = weights(trainer, "critic")
-    latents = trainer.data.real.latents
+    latents = real_latents(trainer)
     kept = latents.clone()
     if rank == 1:
         latents.fill_(float("inf"))

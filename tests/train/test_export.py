@@ -258,7 +258,7 @@ def test_a_larger_rank_than_the_roles_is_refused(path, base):
 
 def test_a_file_that_is_no_lora_is_refused(tmp_path):
     save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="not a plain LoRA in sd-scripts form"):
+    with pytest.raises(ValueError, match=r"not a plain LoRA \(it has no .lora_down.weight"):
         read_lora(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="does not exist: check the path"):
         read_lora(tmp_path / "nothing.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from train_lora import cli, prepare, trainer
+from train_lora import cli, model_setup, prepare, trainer
 from train_lora.config import Config
 from train_lora.data import encode, training_data
 from train_lora.data.sizes import Size
@@ -29,7 +29,7 @@ PICTURES = [(128, 128), (320, 192), (200, 200), (160, 96), (300, 300), (330, 200
 def tiny_model(monkeypatch: pytest.MonkeyPatch, shared_components: Components) -> None:
     """The embedded teacher's place is taken by the same networks with random weights."""
     PartialState(cpu=True)
-    monkeypatch.setattr(trainer, "load_model", lambda config: shared_components)
+    monkeypatch.setattr(model_setup, "load_model", lambda config, device: shared_components)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_cache_of_another_model_is_refused(config, monkeypatch, tmp_path) -> N
     report_of(config())
     before = contents(tmp_path / "cache")
     other = random_components(seed=5)
-    monkeypatch.setattr(trainer, "load_model", lambda config: other)
+    monkeypatch.setattr(model_setup, "load_model", lambda config, device: other)
     message = r"cache' was prepared with another model \(tiny, \w{12}\) than tiny \(\w{12}\)"
     with pytest.raises(ValueError, match=message):
         load_training_data(config(), other)
@@ -405,7 +405,7 @@ def test_a_training_step_on_two_sizes(config, shared_components, components) -> 
     loop = trainer.build_trainer(settings, components, data, Accelerator(cpu=True))
     shapes = set()
     for iteration in range(8):
-        batch, _ = loop._batch_and_noise(iteration, 0)
+        batch, _ = loop._batch_and_draws(iteration, 0)
         shape = tuple(batch.real.latents.shape)
         if shape in shapes:
             continue

@@ -195,17 +195,14 @@ def test_two_processes_stopped_killed_and_resumed_make_the_same_file(
     assert (run / "lora.safetensors").read_bytes() == (pair / "lora.safetensors").read_bytes()
 
 
-def test_export_of_the_last_checkpoint_is_the_runs_own_file(
-    alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_of_the_last_checkpoint_is_the_runs_own_file(alone: Path, tmp_path: Path) -> None:
     """From the run's folder, and, for an earlier one, from the checkpoint's: other weights."""
     out = tmp_path / "last.safetensors"
-    assert cli.main(["export", str(alone), "--out", str(out)]) == 0
+    finish([*ALONE, "export", str(alone), "--out", str(out)])
     assert out.read_bytes() == (alone / "lora.safetensors").read_bytes()
     early = tmp_path / "early.safetensors"
     checkpoint = alone / "checkpoints" / "000002"
-    assert cli.main(["export", str(checkpoint), "--out", str(early)]) == 0
-    assert capsys.readouterr().out == f"{out}\n{early}\n"
+    finish([*ALONE, "export", str(checkpoint), "--out", str(early)])
     ours, theirs = load_file(out), load_file(early)
     assert set(ours) == set(theirs)
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)

@@ -9,20 +9,28 @@ import random
 import signal
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from train_lora.checkpoint import check_config, read_state, restore, tensors_of
 from train_lora.checkpoint_store import newest_complete
+from train_lora.data.encode import Part
+from train_lora.data.store import MemoryTable
+from train_lora.loop import Trainer
 from train_lora.stop import IMPATIENCE_SECONDS, StopRequest, TrainingStopped
-from train_lora.trainer import Trainer
+from train_lora.trainer import build_trainer
 
-from .tiny import SMALL, demo_config, small_trainer, weights
+from .tiny import SMALL, demo_config, random_components, real_latents, small_trainer, weights
 
+with_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 RHYTHM = {
     "critic__updates_per_generator": 2,
     "training__gradient_accumulation_steps": 2,
@@ -76,6 +84,51 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"critic__kind": "full", "critic__rank": None},
+        {"student__kind": "full"},
+        pytest.param(
+            {"training__optimizer": "adamw8bit", "critic__rank": 64}, marks=with_bitsandbytes
+        ),
+    ],
+)
+def test_full_weights_and_eight_bit_states_go_on_to_the_same_bits(
+    tmp_path: Path, overrides: dict[str, object]
+) -> None:
+    straight = trainer_in(tmp_path / "straight", **overrides)
+    for _ in range(3):
+        straight.iterate(straight.iteration)
+        straight.iteration += 1
+        if straight.iteration == 2:
+            straight.save()
+    resumed = trainer_in(tmp_path / "resumed", **overrides)
+    saved = newest_complete(tmp_path / "straight")
+    restore(resumed, saved, read_state(saved))
+    resumed.iterate(2)
+    expected, found = all_tensors(straight), all_tensors(resumed)
+    assert set(expected) == set(found)
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+    if "training__optimizer" in overrides:
+        assert torch.uint8 in {tensor.dtype for tensor in expected.values()}
+    else:
+        assert any(name.endswith("/conv_in.weight") for name in expected)
+
+
+def test_a_resumed_run_needs_no_lora_to_start_from(tmp_path: Path) -> None:
+    """What it holds is in the checkpoint; the file itself may be gone."""
+    trainer = trainer_in(tmp_path / "run")
+    student = replace(trainer.config.student, init="gone.safetensors")
+    config = replace(trainer.config, student=student)
+    again = build_trainer(
+        config, random_components(), trainer.data, Accelerator(cpu=True), warm=False
+    )
+    assert torch.equal(weights(again, "student"), weights(trainer, "student"))
+
+
 def test_the_frozen_base_is_in_no_checkpoint_and_nothing_needs_unpickling(
     finished: Trainer, checkpoint: Path
 ) -> None:
@@ -123,7 +176,8 @@ def test_a_checkpoint_of_something_else_is_refused(
         object.__setattr__(other, "base_hash", "other")
         object.__setattr__(trainer.distiller, "components", other)
     if what == "prompts":
-        trainer.data = replace(trainer.data, captions=trainer.data.captions[:5])
+        fewer = Part(columns={}, captions=list(trainer.data.captions)[:5])
+        trainer.data = replace(trainer.data, prompts=MemoryTable(part=fewer))
     with pytest.raises(ValueError, match=message):
         restore(trainer, checkpoint, read_state(checkpoint))
 
@@ -151,6 +205,9 @@ def test_other_versions_are_told(
         ("checkpoint.keep_last", "5", None),
         ("validation.every", "7", None),
         ("training.gradient_checkpointing", "true", None),
+        ("export.names", "diffusers", None),
+        ("data.prompts", "elsewhere.txt", None),
+        ("data.cache", "cache", r"data.cache is 'cache', .* trained with none"),
     ],
 )
 def test_what_may_change_in_the_middle_of_a_run(
@@ -222,7 +279,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     trainer = trainer_in(tmp_path / "run", training__max_nonfinite_in_a_row=3)
     trainer.iterate(0)
     before = all_tensors(trainer)
-    latents = trainer.data.real.latents
+    latents = real_latents(trainer)
     kept = latents.clone()
     latents.fill_(float("inf"))  # only the discriminator sees real images
     figures = trainer.iterate(1)

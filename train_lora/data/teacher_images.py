@@ -9,6 +9,7 @@ import torch
 from dmd2_core import StepPlan, derived_seed
 
 from ..config import Config
+from ..model_setup import autocast_dtype
 from ..models.components import Components
 from ..models.roles import TEACHER, SharedUNet
 from ..models.text import encode_prompts
@@ -49,7 +50,8 @@ def teacher_units(
 def _draw(
     config: Config, components: Components, captions: list[str], first: int, size: Size
 ) -> Encoded:
-    unet = SharedUNet(components.unet, {}, seed=0)  # no adapter: the teacher alone
+    # No adapter: the teacher alone.
+    unet = SharedUNet(components.unet, {}, seed=0, autocast=autocast_dtype(config))
     unet.to(components.vae.device)
     batch, latents = config.training.batch_size, []
     for start in range(0, len(captions), batch):
