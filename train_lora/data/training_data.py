@@ -113,9 +113,9 @@ class TrainingData:
         captions: Sequence[str],
         condition: Condition,
         real: RealImages | None = None,
-        samples_per_step: int = 1,
+        samples_per_step: int,
     ) -> Self:
-        """All of one size, already encoded; `samples_per_step` matters for several sizes only."""
+        """All of one size, already encoded."""
         _, _, height, width = condition.latent_shape()
         columns, images = text_columns(condition), None
         if real is not None:
