@@ -52,7 +52,10 @@ def load_model(config: Config, device: torch.device | None = None) -> Components
 
 
 def build_unet(config: Config, components: Components, device: torch.device) -> SharedUNet:
-    """The teacher with the roles of student and critic, on `device`, as the config wants them."""
+    """The teacher with the roles of student and critic, as the config wants them.
+
+    Still on the CPU, meant for `device`: move it once the encoders have done their work there.
+    """
     settings = config.training
     specs = {
         role: FullSpec()
@@ -77,7 +80,7 @@ def build_unet(config: Config, components: Components, device: torch.device) -> 
         unet.enable_gradient_checkpointing()
     if settings.compile:
         unet.compile_blocks()
-    return unet.to(device)
+    return unet
 
 
 def warm_start(unet: SharedUNet, path: str, components: Components) -> None:

@@ -22,7 +22,7 @@ from .finish import export_student, thumbnail, thumbnail_condition
 from .model_setup import build_unet, load_model
 from .models.components import Components
 from .models.placement import place, place_encoders
-from .models.roles import CRITIC, STUDENT
+from .models.roles import CRITIC, STUDENT, SharedUNet
 from .models.text import LATENT_PX, Condition
 from .optimizer import build_optimizer
 from .output import check_output_directory
@@ -58,9 +58,10 @@ def train(config: Config) -> TrainResult:
     if accelerator.is_main_process:  # the others would see what it has begun to write
         check_output_directory(directory, "output.directory")
     components = load_model(config, accelerator.device)
+    unet = build_unet(config, components, accelerator.device)  # before data is read for nothing
     place_encoders(components, accelerator.device)
     data = load_training_data(config, components)
-    trainer = build_trainer(config, components, data, accelerator)
+    trainer = build_trainer(config, components, data, accelerator, unet)
     place_encoders(components, torch.device("cpu"))  # all is encoded
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
@@ -82,10 +83,14 @@ def step_plan(config: Config) -> StepPlan:
 
 
 def build_trainer(
-    config: Config, components: Components, data: TrainingData, accelerator: Accelerator
+    config: Config,
+    components: Components,
+    data: TrainingData,
+    accelerator: Accelerator,
+    unet: SharedUNet | None = None,
 ) -> Trainer:
-    """The UNet in its roles, the head, and everything the loop needs."""
-    unet = build_unet(config, components, accelerator.device)
+    """The UNet in its roles (built here unless given), the head, and all the loop needs."""
+    unet = (unet or build_unet(config, components, accelerator.device)).to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
         head = MiddleBlockHead(
