@@ -32,7 +32,8 @@ def export_checkpoint(source: Path, out: Path) -> list[Path]:
             f"{config.model.path} is not the model that {checkpoint} was trained on (its hash is "
             f"{components.base_hash[:12]}, not {expected[:12]}); put that one back."
         )
-    unet = build_unet(config, components, torch.device("cpu"), roles=(STUDENT,))
+    device = torch.device("cpu")
+    unet = build_unet(config, components, device, roles=(STUDENT,)).to(device)
     weights, _ = read_safetensors(checkpoint / f"{AVERAGE}.safetensors")
     unet.load_role_state_dict(STUDENT, weights)
     pictured = None

@@ -24,7 +24,8 @@ from .models.names import kohya_name
 from .models.safetensors_io import read_safetensors
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-_ENDS = re.compile(
+# A tensor's name: its module, then which half of the product it is.
+ENDS = re.compile(
     r"(?P<module>.+?)"
     r"(?:\.(?P<plain>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up)(?:\.\w+)?"
     r"|_lora\.(?P<processor>down|up))\.weight"
@@ -84,16 +85,16 @@ def _sorted_out(
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = _ENDS.fullmatch(name)
+        found = ENDS.fullmatch(name)
         if found:
             part = found["plain"] or found["processor"]
             side = "down" if part in _DOWN_PARTS else "up"
-            pairs.setdefault(_module_name(found), {})[side] = tensor
+            pairs.setdefault(module_name(found), {})[side] = tensor
     if not pairs:
         raise _not_plain(path, f"it has no {DOWN} tensors")
     alphas = {}
     for name, tensor in tensors.items():
-        if _ENDS.fullmatch(name):
+        if ENDS.fullmatch(name):
             continue
         module = _sd_scripts_name(name.removesuffix(ALPHA))
         if not name.endswith(ALPHA) or module not in pairs or tensor.numel() != 1:
@@ -109,7 +110,8 @@ def _not_plain(path: Path, reason: str) -> ValueError:
     )
 
 
-def _module_name(found: re.Match[str]) -> str:
+def module_name(found: re.Match[str]) -> str:
+    """The sd-scripts name of the module that a match of `ENDS` belongs to."""
     module = found["module"]
     if found["processor"]:  # "attn1.processor.to_out_lora" belongs to "attn1.to_out.0"
         module = module.replace(".processor.", ".")

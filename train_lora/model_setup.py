@@ -65,7 +65,10 @@ def build_unet(
     *,
     roles: Sequence[str] = (STUDENT, CRITIC),
 ) -> SharedUNet:
-    """The teacher and the `roles`, on `device`, as the config wants them; students start cold."""
+    """The teacher and the `roles` as the config wants them; the student starts cold.
+
+    Still on the CPU, meant for `device`: move it once the encoders have done their work there.
+    """
     sections = {STUDENT: config.student, CRITIC: config.critic}
     specs = {
         role: FullSpec()
@@ -84,7 +87,7 @@ def build_unet(
         precision=base_precision(config, device),
         autocast=autocast_dtype(config),
     )
-    return unet.to(device)
+    return unet
 
 
 def build_trainable_unet(

@@ -22,6 +22,7 @@ from .loop import HEAD_STREAM, Trainer
 from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
 from .models.placement import place, place_encoders, release_encoders
+from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
 from .sampling import step_plan
@@ -82,10 +83,15 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
     directory = Path(config.output.directory)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
+    unet = build_trainable_unet(  # before data is read for nothing
+        config, components, accelerator.device, warm=checkpoint is None
+    )
     place_encoders(components, accelerator.device)
     log.info("encoding prompts and images")
-    data = load_training_data(config, components, num_processes=accelerator.num_processes)
-    trainer = build_trainer(config, components, data, accelerator, warm=checkpoint is None)
+    data = load_training_data(
+        config, components, num_processes=accelerator.num_processes, teacher=unet
+    )
+    trainer = build_trainer(config, components, data, accelerator, unet)
     release_encoders(components, text=not data.needs_text_encoders)
     if checkpoint is not None:
         restore(trainer, checkpoint, read_state(checkpoint))
@@ -111,14 +117,11 @@ def build_trainer(
     components: Components,
     data: TrainingData,
     accelerator: Accelerator,
-    *,
-    warm: bool = True,
+    unet: SharedUNet | None = None,
 ) -> Trainer:
-    """The UNet in its roles, the head, and everything the loop needs.
-
-    `warm`: whether `student.init` is loaded; a checkpoint's weights would replace it.
-    """
-    unet = build_trainable_unet(config, components, accelerator.device, warm=warm)
+    """The UNet in its roles (built here unless given), the head, and all the loop needs."""
+    unet = unet or build_trainable_unet(config, components, accelerator.device, warm=True)
+    unet.to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
         head = MiddleBlockHead(

@@ -103,8 +103,8 @@ def test_one_sentence_exit_2_and_nothing_written(
     ("arguments", "sentence"),
     [
         (["--student.kind", "full", "--student.init", "x.safetensors"], "only a LoRA starts from"),
-        (["--student.kind", "full"], "student.alpha is 16.0 but has no effect"),
-        (["--critic.kind", "full"], "critic.rank is 16 but has no effect"),
+        (["--student.kind", "full", "--student.alpha", "4"], "student.alpha is 4.0 but has no eff"),
+        (["--critic.kind", "full", "--critic.rank", "4"], "critic.rank is 4 but has no effect"),
         (["--model.prediction", "v"], "model.prediction is 'v' but has no effect"),
         (["--base-precision", "bf16"], 'training.mixed_precision to "bf16"'),
         (["--base-precision", "int8"], "model.base_precision is 'int8'"),

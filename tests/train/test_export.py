@@ -140,7 +140,10 @@ def test_weights_that_are_not_finite_are_refused(components, tmp_path, value):
 # Reading
 
 
-def test_diffusers_applies_every_module(student, path, base, components, make_inputs):
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+def test_diffusers_applies_every_module(student, tmp_path, base, components, make_inputs, names):
+    path = tmp_path / "l.safetensors"
+    export_lora(student, STUDENT, path, RECIPE, dtype=torch.float32, names=names)
     pipeline = StableDiffusionXLPipeline(
         vae=components.vae,
         text_encoder=None,

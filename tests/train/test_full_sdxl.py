@@ -20,10 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dmd2_core import Recipe, VPSchedule
 from train_lora.export import export_lora, load_lora_into, read_lora
+from train_lora.lora_files import ENDS, module_name
 from train_lora.models import sdxl_config
 from train_lora.models.components import Components
 from train_lora.models.convert import components_to_file
 from train_lora.models.loading import load_components
+from train_lora.models.names import kohya_name
 from train_lora.models.roles import CRITIC, STUDENT, LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
 
@@ -119,9 +121,8 @@ def test_full_size_sdxl_loads_and_its_lora_applies_completely(file: Path, tmp_pa
     state, alphas, *_ = StableDiffusionXLPipeline.lora_state_dict(
         str(path), unet_config=components.unet.config
     )  # diffusers': every module is one of this UNet
-    named = {name.removeprefix("unet.").rpartition(".lora")[0] for name in state}
-    named = {name.removesuffix(".lora") for name in named}
-    assert named == set(unet.modules_with_adapter)
+    ends = [ENDS.fullmatch(name) for name in state]
+    assert {module_name(end) for end in ends} == set(map(kohya_name, unet.modules_with_adapter))
     assert len(alphas) == 788
 
     x_t = torch.randn(1, 4, 8, 8, generator=generator)

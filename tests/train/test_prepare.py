@@ -16,6 +16,7 @@ from train_lora.data import encode, training_data
 from train_lora.data.sizes import Size
 from train_lora.data.training_data import TrainingData, load_training_data
 from train_lora.models.components import Components
+from train_lora.models.roles import LoraSpec, SharedUNet
 
 from .picture_files import captioned_folder, picture_bytes
 from .tiny import demo_config, random_components
@@ -370,6 +371,30 @@ def test_the_teacher_makes_its_images_the_same_in_any_split(
         assert a.std() > 0.1
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
         assert bucket.images.captions(rows.tolist()) == other.images.captions(rows.tolist())
+
+
+def test_the_teacher_of_a_training_makes_the_same_images(
+    config, monkeypatch, shared_components, components
+) -> None:
+    """Its UNet has its adapters already; they are off, and can be trained afterwards."""
+    monkeypatch.setattr("train_lora.data.teacher_images.TEACHER_STEPS", 2)
+    settings = config(
+        data__real_images="teacher",
+        data__teacher_images=2,
+        training__batch_size=2,
+        data__cache=None,
+    )
+    unet = SharedUNet(components.unet, {"student": LoraSpec(rank=2, alpha=2)}, seed=0)
+    for weight in unet.parameters_of("student"):
+        weight.data.fill_(0.1)
+    latents = []
+    for teacher in (None, unet):
+        model = components if teacher else shared_components
+        data = load_training_data(settings, model, teacher=teacher)
+        latents.append(data.buckets[0].images.rows(torch.arange(2))["latents"])
+    # Whether a parameter asks for gradients selects kernels, and so the last bits.
+    torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-4)
+    assert all(weight.requires_grad for weight in unet.parameters_of("student"))
 
 
 def test_without_a_gan_no_images_are_needed_and_sizes_are_drawn(config, shared_components) -> None:

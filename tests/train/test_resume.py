@@ -23,6 +23,7 @@ from train_lora.checkpoint_store import newest_complete
 from train_lora.data.encode import Part
 from train_lora.data.store import MemoryTable
 from train_lora.loop import Trainer
+from train_lora.model_setup import build_trainable_unet
 from train_lora.stop import IMPATIENCE_SECONDS, StopRequest, TrainingStopped
 from train_lora.trainer import build_trainer
 
@@ -123,9 +124,9 @@ def test_a_resumed_run_needs_no_lora_to_start_from(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path / "run")
     student = replace(trainer.config.student, init="gone.safetensors")
     config = replace(trainer.config, student=student)
-    again = build_trainer(
-        config, random_components(), trainer.data, Accelerator(cpu=True), warm=False
-    )
+    components = random_components()
+    unet = build_trainable_unet(config, components, torch.device("cpu"), warm=False)
+    again = build_trainer(config, components, trainer.data, Accelerator(cpu=True), unet)
     assert torch.equal(weights(again, "student"), weights(trainer, "student"))
 
 

@@ -23,12 +23,16 @@ PROMPT_SEED, NOISE_SEED = range(100, 102)
 
 
 def teacher_units(
-    config: Config, components: Components, captions: Sequence[str], sizes: Sequence[Size]
+    config: Config,
+    components: Components,
+    captions: Sequence[str],
+    sizes: Sequence[Size],
+    teacher: SharedUNet | None,
 ) -> Iterator[Unit]:
     """`data.teacher_images` images of shuffled training captions, 50 guided steps each.
 
     The sizes take turns from unit to unit. Image i is a function of (seed, i) alone, whatever the
-    number of processes.
+    number of processes. `teacher`: the UNet in its roles, where training has made them already.
     """
     count, seed = config.data.teacher_images, config.training.seed
     rows = shuffled_indices(len(captions), 0, count, derived_seed(seed, PROMPT_SEED))
@@ -39,7 +43,7 @@ def teacher_units(
         size, piece = sizes[number % len(sizes)], chosen[first : first + step]
 
         def encode(first: int = first, size: Size = size, piece: list[str] = piece) -> Encoded:
-            return _draw(config, components, piece, first, size)
+            return _draw(config, components, piece, first, size, teacher)
 
         def stamp(first: int = first, size: Size = size, piece: list[str] = piece) -> str:
             return digest([str(first), str(size), *piece])
@@ -48,10 +52,14 @@ def teacher_units(
 
 
 def _draw(
-    config: Config, components: Components, captions: list[str], first: int, size: Size
+    config: Config,
+    components: Components,
+    captions: list[str],
+    first: int,
+    size: Size,
+    teacher: SharedUNet | None,
 ) -> Encoded:
-    # No adapter: the teacher alone.
-    unet = SharedUNet(components.unet, {}, seed=0, autocast=autocast_dtype(config))
+    unet = teacher or SharedUNet(components.unet, {}, seed=0, autocast=autocast_dtype(config))
     unet.to(components.vae.device)
     batch, latents = config.training.batch_size, []
     for start in range(0, len(captions), batch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Config
 from ..distill import Batch, RealImages
 from ..models.components import Components
+from ..models.roles import SharedUNet
 from ..models.text import Condition, encode_prompts, size_ids
 from .cache import open_cache
 from .demo_data import DEMO, check_demo_size, demo_captions, demo_samples
@@ -133,10 +134,15 @@ class TrainingData:
 
 
 def load_training_data(
-    config: Config, components: Components, *, num_processes: int = 1
+    config: Config,
+    components: Components,
+    *,
+    num_processes: int = 1,
+    teacher: SharedUNet | None = None,
 ) -> TrainingData:
     """Read, check and, without a cache, encode what `config.data` names.
 
+    `teacher`: what draws the images of `real_images = "teacher"`; None: `components.unet` alone.
     ValueError for what cannot be used: unlike `dmd2 prepare`, this stops at the first bad sample.
     """
     settings, training = config.data, config.training
@@ -153,7 +159,7 @@ def load_training_data(
             config, components, captions
         )  # fmt: skip
         if config.needs_real_images:
-            tables.update(_pictures(config, components, captions))
+            tables.update(_pictures(config, components, captions, teacher))
     per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
     if config.needs_real_images:
         tables = _large_enough(tables, per_step, skip=settings.skip_small_buckets)
@@ -200,12 +206,17 @@ def drawn_sizes(config: Config) -> tuple[Size, ...]:
 
 
 def real_image_units(
-    config: Config, components: Components, captions: Sequence[str], *, lenient: bool
+    config: Config,
+    components: Components,
+    captions: Sequence[str],
+    *,
+    lenient: bool,
+    teacher: SharedUNet | None = None,
 ) -> Iterator[Unit]:
     """The work that `data.real_images` asks for; `captions`: the training prompts."""
     settings = config.data
     if settings.real_images == "teacher":
-        return teacher_units(config, components, captions, drawn_sizes(config))
+        return teacher_units(config, components, captions, drawn_sizes(config), teacher)
     sizes = picture_sizes(config)
     samples = demo_samples() if settings.real_images == DEMO else open_samples(settings)
     return picture_units(
@@ -223,10 +234,14 @@ def _encoded(config: Config, components: Components, captions: list[str]) -> Mem
 
 
 def _pictures(
-    config: Config, components: Components, captions: Sequence[str]
+    config: Config,
+    components: Components,
+    captions: Sequence[str],
+    teacher: SharedUNet | None,
 ) -> dict[Size, MemoryTable]:
     found: dict[str, list[Part]] = {}
-    for unit in real_image_units(config, components, captions, lenient=False):
+    units = real_image_units(config, components, captions, lenient=False, teacher=teacher)
+    for unit in units:
         for name, part in unit.encode().parts.items():
             found.setdefault(name, []).append(part)
     tables = {}

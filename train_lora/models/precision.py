@@ -63,8 +63,6 @@ def needs_bitsandbytes(what: str) -> None:
 def set_precision(unet: UNet2DConditionModel, precision: Precision) -> UNet2DConditionModel:
     """`unet` itself, changed; quantised weights shrink when they are moved to their device."""
     nn.Module.to(unet, DTYPES[precision])  # diffusers' own would warn of modules that are not here
-    if precision in _QUANTISED:
-        unet.to("cpu")  # which LLM.int8 quantises weights on leaving
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float()
