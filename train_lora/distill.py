@@ -1,6 +1,6 @@
 """DMD2 on one screen: the generator step and the critic step (arXiv 2405.14867, algorithm 1).
 
-The steps compute gradients and return what happened; the loop (`trainer.py`) owns the order, the
+The steps compute gradients and return what happened; the loop (`loop.py`) owns the order, the
 optimizers, logging and saving. The objective speaks in sample gradients: the student's sample is
 detached, every loss gives its gradient there while its own network is active, and the sum goes
 through the student with one `backward`. No role is switched between a forward and its backward.
