@@ -83,17 +83,17 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of `dmd2 train`, for a small run with data of its own; without output folder and batch."""
-    data = tmp_path_factory.mktemp("data")
+    data, pictures = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("pictures")
     colours = ("red", "green", "blue", "purple", "gray")
     (data / "prompts.txt").write_text(
         "".join(f"a {c} ring on a plain background\n" for c in colours)
     )
     for number, colour in enumerate(colours[:3]):
-        Image.new("RGB", (128, 128), colour).save(data / f"{number}.png")
-        (data / f"{number}.txt").write_text(f"a plain {colour} background")
+        Image.new("RGB", (128, 128), colour).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"a plain {colour} background")
     settings = {
         "data.prompts": data / "prompts.txt",
-        "data.real_images": data,
+        "data.real_images": pictures,
         "training.iterations": ITERATIONS,
         "critic.updates_per_generator": 2,
         "student.rank": 4,
