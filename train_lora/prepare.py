@@ -22,7 +22,7 @@ from .data.training_data import check_sources, read_training_prompts, real_image
 from .models.components import Components
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
 
 def prepare(config: Config, *, strict: bool = False) -> Path:
@@ -30,7 +30,7 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
 
     `strict`: samples that cannot be used are an error, after everything else was encoded.
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from .trainer import load_model, place
 
@@ -45,7 +45,9 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
     found = cache.read_manifest(folder)
     captions = read_training_prompts(config)
     check_sources(config)
-    state = PartialState()
+    # Not PartialState: only this one heeds ACCELERATE_USE_CPU, without which two processes on the
+    # CPU would each do all the work.
+    state = Accelerator(mixed_precision=config.training.mixed_precision)
     components = load_model(config)
     place(components, state.device)
     model = cache.model_identity(components)
@@ -97,7 +99,7 @@ def _encode_own(
     key: str,
     config: Config,
     components: Components,
-    state: PartialState,
+    state: Accelerator,
 ) -> list[str]:
     """Write this rank's units that are not there yet; returns the names of all ranks' units."""
     from tqdm import tqdm
@@ -152,6 +154,7 @@ def _finish(folder: Path, names: list[str], identity: dict[str, Any], *, strict:
         for path in folder.glob(f"{kind}-*.safetensors"):
             if path.name not in names:
                 path.unlink()
+    print(folder / cache.REPORT)
 
 
 def _report(counts: Counter[str], left_out: list[list[str]]) -> dict[str, Any]:

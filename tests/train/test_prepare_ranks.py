@@ -24,7 +24,8 @@ def prepare(tmp_path: Path, cache: str, num_processes: int) -> Path:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("pictures: ") == 1  # the main process alone reports
+    # Twice would mean two processes that each think they are alone.
+    assert done.stdout.count("pictures: ") == done.stdout.count("report.json") == 1
     return folder
 
 
