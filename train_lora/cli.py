@@ -277,7 +277,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     loaded = _load_config(arguments)
     from .prepare import prepare
 
-    print(prepare(loaded.config, strict=arguments.strict))
+    prepare(loaded.config, strict=arguments.strict)
     return 0
 
 

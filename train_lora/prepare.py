@@ -19,10 +19,11 @@ from .data import cache
 from .data.encode import PROMPTS, Encoded, Unit, digest, prompt_units, with_text
 from .data.store import read_shard_facts, shard_stamp, write_shard
 from .data.training_data import check_sources, read_training_prompts, real_image_units
+from .distributed import join_processes
 from .models.components import Components
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
 
 def prepare(config: Config, *, strict: bool = False) -> Path:
@@ -30,8 +31,6 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
 
     `strict`: samples that cannot be used are an error, after everything else was encoded.
     """
-    from accelerate import PartialState
-
     from .model_setup import load_model
     from .models.placement import place_encoders
 
@@ -46,7 +45,7 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
     found = cache.read_manifest(folder)
     captions = read_training_prompts(config)
     check_sources(config)
-    state = PartialState()
+    state = join_processes(config.training.mixed_precision)
     components = load_model(config, state.device)
     place_encoders(components, state.device)
     model = cache.model_identity(components)
@@ -98,7 +97,7 @@ def _encode_own(
     key: str,
     config: Config,
     components: Components,
-    state: PartialState,
+    state: Accelerator,
 ) -> list[str]:
     """Write this rank's units that are not there yet; returns the names of all ranks' units."""
     from tqdm import tqdm
@@ -153,6 +152,7 @@ def _finish(folder: Path, names: list[str], identity: dict[str, Any], *, strict:
         for path in folder.glob(f"{kind}-*.safetensors"):
             if path.name not in names:
                 path.unlink()
+    print(folder / cache.REPORT)
 
 
 def _report(counts: Counter[str], left_out: list[list[str]]) -> dict[str, Any]:

@@ -39,7 +39,6 @@ def small_data() -> TrainingData:
     generator = torch.Generator().manual_seed(3)
     return TrainingData.in_memory(
         captions=["a scene"] * 4,
-        samples_per_step=1,
         condition=random_condition(4, generator),
         real=RealImages(
             latents=torch.randn(4, 4, 16, 16, generator=generator),

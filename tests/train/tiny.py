@@ -105,19 +105,16 @@ def small_trainer(directory: Path, **overrides: object) -> Trainer:
     """
     values = {key: value for key, value in (SMALL | overrides).items() if value is not None}
     config = demo_config(directory, **values)
-    accelerator, settings = Accelerator(cpu=True), config.training
-    per_process = settings.batch_size * settings.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(3)
     data = TrainingData.in_memory(
         captions=["a scene"] * 6,
-        samples_per_step=per_process * accelerator.num_processes,
         condition=random_condition(6, generator),
         real=RealImages(
             latents=torch.randn(5, 4, 16, 16, generator=generator),
             condition=random_condition(5, generator),
         ),
     )
-    return build_trainer(config, random_components(), data, accelerator)
+    return build_trainer(config, random_components(), data, Accelerator(cpu=True))
 
 
 def real_latents(trainer: Trainer) -> torch.Tensor:

@@ -69,7 +69,6 @@ def sd15_data(seed: int = 3) -> TrainingData:
     generator = torch.Generator().manual_seed(seed)
     return TrainingData.in_memory(
         captions=["a scene"] * 4,
-        samples_per_step=1,
         condition=sd15_condition(4, generator),
         real=RealImages(
             latents=torch.randn(4, 4, 32, 32, generator=generator),

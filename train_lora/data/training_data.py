@@ -27,6 +27,8 @@ from .teacher_images import teacher_units
 
 __all__ = ["TrainingData", "encode_captions", "load_training_data"]
 
+ENDLESS_STEP = 2**62
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
@@ -114,9 +116,8 @@ class TrainingData:
         captions: Sequence[str],
         condition: Condition,
         real: RealImages | None = None,
-        samples_per_step: int,
     ) -> Self:
-        """All of one size, already encoded."""
+        """Samples that are encoded already, all of one size: where a step ends does not matter."""
         _, _, height, width = condition.latent_shape()
         columns, images = text_columns(condition), None
         if real is not None:
@@ -128,7 +129,7 @@ class TrainingData:
         return cls(
             prompts=MemoryTable(part=Part(columns=columns, captions=list(captions))),
             buckets=[Bucket(size=Size(8 * width, 8 * height), images=images)],
-            samples_per_step=samples_per_step,
+            samples_per_step=ENDLESS_STEP,
             device=condition.hidden.device,
         )
 
