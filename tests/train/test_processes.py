@@ -26,6 +26,7 @@ from train_lora.checkpoint_store import newest_complete
 
 ALONE = [sys.executable, "-m", "train_lora.cli"]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCHER += ["--shutdown-timeout", "300"]  # for the save, on a busy machine
 PAIR = [*LAUNCHER, "-m", "train_lora.cli"]
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 900  # on a machine that is busy with other things
