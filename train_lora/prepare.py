@@ -19,7 +19,7 @@ from .data import cache
 from .data.encode import PROMPTS, Encoded, Unit, digest, prompt_units, with_text
 from .data.store import read_shard_facts, shard_stamp, write_shard
 from .data.training_data import check_sources, read_training_prompts, real_image_units
-from .distributed import join_processes
+from .distributed import join_processes, leave_processes
 from .models.components import Components
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
     if state.is_main_process:
         _finish(folder, names, identity, strict=strict)
     state.wait_for_everyone()
+    leave_processes()
     return folder / cache.REPORT
 
 
