@@ -11,17 +11,20 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
 # With setuptools already there, the build of this package needs no environment of its own.
 INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation --editable
 
-.PHONY: help demo test lint format teacher clean
+.PHONY: help demo test test-full lint format teacher clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 demo: $(VENV)/.train  ## distil the embedded teacher and compare: LoRA, picture, report (OUT=DIR, SEED=N)
 	$(VENV)/bin/dmd2 demo --out $(OUT) --seed $(SEED)
 
 test: $(VENV)/.test  ## the whole test suite, with a real ComfyUI (PYTEST_ARGS="-k NAME" for a part)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-full: $(VENV)/.test  ## slow tests of full-size SDXL (20 GB of memory, 10 GB of disk)
+	$(VENV_PYTHON) -m pytest -m full $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -65,7 +68,7 @@ $(VENV)/.train: constraints.txt pyproject.toml | $(VENV)/.created
 $(VENV)/.test: constraints.txt pyproject.toml | $(VENV)/.created
 	@echo "Installing the trainer, the tests' tools and ComfyUI's requirements into $(VENV) (6 GB, one to four minutes) ..."
 	$(PIP_INSTALL) setuptools
-	$(INSTALL_SELF) '.[train,test,host]'
+	$(INSTALL_SELF) '.[train,data,test,host]'
 	@touch $(VENV)/.train $@
 
 $(VENV)/.created:

@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .messages import show_messages
 from .output import check_output_directory
+from .stop import TrainingStopped
 
 if TYPE_CHECKING:
     from .config_load import LoadedConfig
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAIN_LIBRARIES = (
-    *("accelerate", "diffusers", "numpy", "peft", "PIL", "safetensors"),
+    *("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "safetensors"),
     *("tensorboard", "torch", "tqdm", "transformers"),
 )
+DATA_LIBRARIES = ("datasets", "pyarrow")
 
 
 class _UsageError(ValueError):
@@ -50,11 +53,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    show_messages()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("\ndmd2: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except TrainingStopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # every process stops, one says so
+            print(f"dmd2: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
     except Exception as error:
         sentence = _user_sentence(error)
         if sentence is None:
@@ -83,6 +91,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_export(commands)
+    _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
@@ -117,11 +127,53 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="distil a teacher into a LoRA",
-        usage="dmd2 train --config FILE.toml [--preset NAME] [--ablate NAME] [--key value ...]",
+        usage="dmd2 train (--config FILE.toml | --resume RUNDIR) [--preset NAME] [--ablate NAME] "
+        "[--key value ...]",
         allow_abbrev=False,
+    )
+    command.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUNDIR",
+        help="go on with the run in this folder, from its newest complete checkpoint and with its "
+        "own config.toml; --key value changes what a run may change, such as --iterations",
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a LoRA file from a checkpoint, also of a training that is running",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT_OR_RUNDIR",
+        help="a checkpoint folder, or the folder of a run: its newest complete checkpoint",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
+    )
+    command.set_defaults(run=_export, takes_keys=False, parser=command)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="encode prompts and real images once, into the folder data.cache",
+        usage="dmd2 prepare --config FILE.toml [--preset NAME] [--strict] [--key value ...]",
+        allow_abbrev=False,
+    )
+    _add_config_sources(command)
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if any sample had to be left out, after the others were encoded",
+    )
+    command.set_defaults(run=_prepare, takes_keys=True, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -181,11 +233,51 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        return _resume(arguments)
     loaded = _load_config(arguments)
     check_output_directory(loaded.config.output.directory, "--output.directory")
     from .trainer import train
 
     print(train(loaded.config).lora)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from .config_load import load, resolve_key
+
+    if arguments.config or arguments.preset or arguments.ablate:
+        raise _UsageError("--resume takes the run's own config.toml; change it by --key value.")
+    if any(resolve_key(name) == "output.directory" for name, _ in arguments.overrides):
+        raise _UsageError("--resume names the run's folder already; remove --output.directory.")
+    config_file = arguments.resume / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(f"{arguments.resume} holds no run to resume: there is no {config_file}.")
+    overrides = [("output.directory", str(arguments.resume)), *arguments.overrides]
+    config = load(file=config_file, overrides=overrides).config
+    from .trainer import resume
+
+    print(resume(config).lora)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.out.suffix != ".safetensors":
+        raise ValueError(f"--out is {str(arguments.out)!r}; name a file that ends in .safetensors.")
+    if arguments.out.exists():
+        raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
+    from .export_checkpoint import export_checkpoint
+
+    for path in export_checkpoint(arguments.checkpoint, arguments.out):
+        print(path)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    loaded = _load_config(arguments)
+    from .prepare import prepare
+
+    prepare(loaded.config, strict=arguments.strict)
     return 0
 
 
@@ -278,6 +370,11 @@ def _user_sentence(error: Exception) -> str | None:
         return (
             f"The library {error.name} is not installed; "
             "install the trainer's: pip install '.[train]' -c constraints.txt."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in DATA_LIBRARIES:
+        return (
+            f"The library {error.name}, which reads this kind of data, is not installed; "
+            "install it: pip install '.[data]' -c constraints.txt."
         )
     if isinstance(error, OSError):
         return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."

@@ -7,62 +7,24 @@ Defaults are the paper's for an SDXL LoRA in 4 steps; the demo's own are in pres
 
 from __future__ import annotations
 
-import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .config_results import (
+    RESULTS,
+    CheckpointConfig,
+    ExportConfig,
+    LoggingConfig,
+    OutputConfig,
+    ValidationConfig,
+)
+from .config_section import LARGEST_SEED, Section, show_value
+from .config_section import number as _number
+from .data.settings import DataConfig
+
 NUM_TIMESTEPS = 1000
-LARGEST_SEED = 2**63 - 1
 GAN_RESOLUTIONS_PX = (128, 256, 512, 1024, 2048, 4096)  # 4, 8, ... cells in the middle block
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bounds:
-    """The values that a number may take: `low` to `high`, without an end where it is open."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        """False for NaN and infinities as well."""
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        low = f"greater than {self.low}" if self.open_low else f"at least {self.low}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
-
-
-def _number(default: Any = MISSING, **bounds: Any) -> Any:
-    """A field whose number, or each of whose numbers, must lie within `Bounds(**bounds)`."""
-    return field(default=default, metadata={"bounds": Bounds(**bounds)})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """A TOML table; checks its numbers against their bounds."""
-
-    section: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            bounds = item.metadata.get("bounds")
-            if bounds is None or value is None:
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                if not bounds.holds(number):
-                    which = "each of its numbers" if isinstance(value, tuple) else "it"
-                    raise ValueError(
-                        f"{self.section}.{item.name} is {show_value(value)}; "
-                        f"set {which} to {bounds}."
-                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,40 +32,32 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     path: str
-    """The teacher: a diffusers folder, one SDXL .safetensors file, or "demo" (the embedded one)."""
+    """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
+    (downloaded once), or "demo" (the embedded one)."""
 
+    prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
+    """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
+    Needed for a file that does not say it; against what the file says it is refused."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig(Section):
-    section: ClassVar[str] = "data"
-
-    prompts: str
-    """Training captions: a .txt file with one on each line, or "demo" for those of drawn scenes."""
-
-    real_images: str | None = None
-    """Real images for the GAN loss: a folder of pictures, each with a .txt caption beside it,
-    or "demo" for drawn scenes. Needed unless the GAN is off and backward simulation is on."""
-
-    resolution_px: int = _number(1024, low=64, high=4096)
-    """Width and height of the training images in pixels, a multiple of 64; with the GAN a power
-    of two from 128 on."""
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.resolution_px % 64:
-            nearest = max(64, round(self.resolution_px / 64) * 64)
-            raise ValueError(
-                f"data.resolution_px is {self.resolution_px}; set it to a multiple of 64, "
-                f"such as {nearest}."
-            )
+    base_precision: Literal["auto", "bf16", "fp16", "fp32", "8bit", "4bit"] = "auto"
+    """Precision in which the frozen base is stored; 8bit and 4bit need bitsandbytes. "auto": bf16
+    on a GPU with mixed_precision "bf16", else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig(Section):
     section: ClassVar[str] = "student"
 
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA, or a full copy of the weights, which is exported as a checkpoint
+    and as a LoRA extracted from it."""
+
+    init: str | None = None
+    """A few-step LoRA file to start from; "none": start from the teacher itself."""
+
     rank: int = _number(64, low=1, high=4096)
-    """Rank of the student's LoRA: the one that is exported."""
+    """Rank of the student's LoRA: the one that is exported; of full weights, the rank of the
+    LoRA that is extracted."""
 
     alpha: float = _number(8.0, low=0, open_low=True)
     """Scale of the student's LoRA: its output is multiplied by alpha / rank."""
@@ -115,6 +69,9 @@ class StudentConfig(Section):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig(Section):
     section: ClassVar[str] = "critic"
+
+    kind: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA on the shared base, or a full copy of the weights."""
 
     rank: int = _number(64, low=1, high=4096)
     """Rank of the critic's LoRA; at least the student's, since it tracks the student."""
@@ -218,7 +175,8 @@ class TrainingConfig(Section):
     """Images in one forward pass."""
 
     gradient_accumulation_steps: int = _number(1, low=1)
-    """Batches whose gradients are added up before an update."""
+    """Batches whose gradients are averaged for one update: the global batch is the number of
+    processes x `batch_size` x this, and only its size, not its parts, decides what is learnt."""
 
     seed: int = _number(0, low=0, high=LARGEST_SEED)
     """Seed of everything random in training; the same seed gives the same LoRA file."""
@@ -235,47 +193,22 @@ class TrainingConfig(Section):
     ema_decay: float = _number(0.99, low=0, high=1, open_high=True)
     """Decay, for each student update, of the averaged student that is exported; 0: no averaging."""
 
+    max_nonfinite_in_a_row: int = _number(10, low=1)
+    """Updates of student or critic in a row that may be skipped, because a loss or gradient is not
+    finite, before the run stops; 1: stop at the first."""
+
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the networks' forward passes; losses and LoRA weights are float32 either way."""
 
     gradient_checkpointing: bool = True
     """Whether activations are computed again in the backward pass: less memory, but slower."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with float32 states, or with 8-bit ones (bitsandbytes): a quarter of their memory."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationConfig(Section):
-    section: ClassVar[str] = "validation"
-
-    every: int = _number(500, low=0)
-    """Iterations between two grids of validation images; 0: none."""
-
-    prompts: tuple[str, ...] = ()
-    """Captions to draw; empty: the first `num_prompts` of the training captions."""
-
-    num_prompts: int = _number(8, low=1, high=64)
-    """How many training captions to draw."""
-
-    seed: int = _number(0, low=0, high=LARGEST_SEED)
-    """Seed of the validation noise, the same at every grid."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoggingConfig(Section):
-    section: ClassVar[str] = "logging"
-
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
-    """Where losses and validation images are recorded."""
-
-    every: int = _number(10, low=1)
-    """Iterations between two records of the losses."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OutputConfig(Section):
-    section: ClassVar[str] = "output"
-
-    directory: str
-    """Folder of the run: LoRA, logs, validation images. It must be empty or not exist."""
+    compile: bool = False
+    """Whether torch.compile makes the transformer blocks faster; the first iterations take
+    minutes longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,8 +225,10 @@ class Config:
     gan: GanConfig = GanConfig()
     backward_simulation: BackwardSimulationConfig = BackwardSimulationConfig()
     training: TrainingConfig = TrainingConfig()
-    validation: ValidationConfig = ValidationConfig()
-    logging: LoggingConfig = LoggingConfig()
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         if not (self.distribution_matching.enabled or self.gan.enabled):
@@ -307,9 +242,21 @@ class Config:
                 users.append("backward_simulation.enabled is false")
             raise ValueError(
                 f"data.real_images is not set, but {' and '.join(users)}, which takes real images; "
-                "name a folder of captioned images or change that."
+                'name a folder of captioned images, or "teacher", or change that.'
             )
 
+        lowered = ("bf16", "fp16", "8bit", "4bit")
+        if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
+            raise ValueError(
+                f'model.base_precision is "{self.model.base_precision}", which is for storage and '
+                'computes in bf16; set training.mixed_precision to "bf16", or model.base_precision '
+                'to "fp32".'
+            )
+        if self.student.kind == "full" and self.student.init is not None:
+            raise ValueError(
+                f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
+                'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
+            )
         if self.critic.warmup_iterations >= self.training.iterations:
             raise ValueError(
                 f"critic.warmup_iterations is {self.critic.warmup_iterations}, but "
@@ -335,9 +282,10 @@ class Config:
         """What a LoRA's metadata tells about its training: no folders, and nothing that leaves
         the weights as they are, so that the same training gives the same bytes anywhere."""
         settings = self.to_dict()
-        for section in ("output", "logging", "validation"):
-            del settings[section]
-        for section, key in (("model", "path"), ("data", "prompts"), ("data", "real_images")):
+        for results in RESULTS:
+            del settings[results.section]
+        sources = (("data", key) for key in ("prompts", "real_images", "cache"))
+        for section, key in (("model", "path"), ("student", "init"), *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -358,6 +306,8 @@ SECTIONS: dict[str, type[Section]] = {
         TrainingConfig,
         ValidationConfig,
         LoggingConfig,
+        CheckpointConfig,
+        ExportConfig,
     )
 }
 
@@ -365,12 +315,3 @@ SECTIONS: dict[str, type[Section]] = {
 def _plain_dict(section: Section) -> dict[str, Any]:
     values = {item.name: getattr(section, item.name) for item in fields(section)}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-
-
-def show_value(value: Any) -> str:
-    """A value as the user would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "none"
-    return str(list(value)) if isinstance(value, tuple) else repr(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -140,17 +140,45 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
     for section in ("gan", "distribution_matching"):
         if not getattr(config, section).enabled:
             mark(rest_of(section, "enabled"), f"{section}.enabled")
-    if not config.needs_real_images:
-        mark(["data.real_images"], "gan.enabled", "backward_simulation.enabled")
+    if config.needs_real_images and config.data.real_images == "teacher":
+        found.pop("distribution_matching.guidance", None)  # the teacher's images take it as well
+    _mark_data(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
     if config.validation.every == 0:
         mark(rest_of("validation", "every"), "validation.every")
     if config.validation.prompts:
         mark(["validation.num_prompts"], "validation.prompts")
+    if config.student.kind == "full":
+        mark(["student.alpha"], "student.kind")
+    if config.critic.kind == "full":
+        mark(["critic.rank", "critic.alpha"], "critic.kind")
+    if config.model.path == "demo":
+        mark(["model.prediction"], "model.path")
     if config.logging.tracker == "none":
         mark(["logging.every"], "logging.tracker")
     return found
+
+
+def _mark_data(config: Config, mark: Callable[..., None]) -> None:
+    """The keys of [data] that the kinds of `prompts` and `real_images` leave without effect."""
+    data, of_images = config.data, ("caption_column", "image_column", "min_size_px")
+    if not config.needs_real_images:
+        of_images += ("real_images", "teacher_images", "size_ids", "skip_small_buckets")
+        mark([f"data.{k}" for k in of_images], "gan.enabled", "backward_simulation.enabled")
+        if data.text == "online":  # there is nothing to keep
+            mark(["data.cache"], "data.text", "gan.enabled", "backward_simulation.enabled")
+    if data.real_images != "teacher":
+        mark(["data.teacher_images"], "data.real_images")
+    if data.real_images in ("demo", "teacher"):  # their sizes are the buckets' own
+        mark([f"data.{k}" for k in (*of_images[:3], "size_ids")], "data.real_images")
+    if data.prompts == "demo" or data.prompts.endswith(".txt"):
+        mark(["data.prompt_column"], "data.prompts")
+    sources = [s for s in (data.prompts, data.real_images) if s is not None]
+    if not any(source.startswith("hub:") for source in sources):
+        mark(["data.stream"], "data.prompts", "data.real_images")
+    if all(source.endswith(".txt") or source in ("demo", "teacher") for source in sources):
+        mark(["data.split"], "data.prompts", "data.real_images")
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -1,6 +1,6 @@
 """DMD2 on one screen: the generator step and the critic step (arXiv 2405.14867, algorithm 1).
 
-The steps compute gradients and return what happened; the loop (`trainer.py`) owns the order, the
+The steps compute gradients and return what happened; the loop (`loop.py`) owns the order, the
 optimizers, logging and saving. The objective speaks in sample gradients: the student's sample is
 detached, every loss gives its gradient there while its own network is active, and the sum goes
 through the student with one `backward`. No role is switched between a forward and its backward.
@@ -30,6 +30,7 @@ from dmd2_core import (
 )
 
 from .config import Config
+from .draws import Draws, randn_like, random_timesteps
 from .models.components import Components
 from .models.roles import SharedUNet
 from .models.text import Condition
@@ -69,16 +70,6 @@ class StudentSample:
         return StudentSample(x0=self.x0.detach(), condition=self.condition)
 
 
-def randn_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit Gaussian noise drawn on the CPU, so that every device trains alike."""
-    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
-
-
-def random_timesteps(low: int, high: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """One t ~ U{low..high} per sample of `like`: (B,) int64."""
-    return torch.randint(low, high + 1, like.shape[:1], generator=generator).to(like.device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Distiller:
     """The networks in their roles, and the losses between them."""
@@ -98,22 +89,20 @@ class Distiller:
     # -- the student ------------------------------------------------------------------------------
 
     def student_sample(
-        self, batch: Batch, step: int, generator: torch.Generator, *, with_graph: bool
+        self, batch: Batch, step: int, draws: Draws, *, with_graph: bool
     ) -> StudentSample:
         """One student call at `plan.timesteps[step]`, on the input that inference would give it."""
         with self.unet.role("student"):
             with torch.no_grad():
-                x_t, condition = self._student_input(batch, step, generator)
+                x_t, condition = self._student_input(batch, step, draws)
             t = self.plan.times(self.plan.told(step), x_t)
             with torch.set_grad_enabled(with_graph):
                 return StudentSample(x0=self.denoiser(x_t, t, condition), condition=condition)
 
-    def _student_input(
-        self, batch: Batch, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, Condition]:
+    def _student_input(self, batch: Batch, step: int, draws: Draws) -> tuple[Tensor, Condition]:
         """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
         schedule, hidden = self.components.schedule, batch.condition.hidden
-        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), generator)
+        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), draws)
         if not self.config.backward_simulation.enabled:
             assert batch.real is not None
             t = self.plan.times(self.plan.timesteps[step], eps)
@@ -123,25 +112,25 @@ class Distiller:
             initial_sample(schedule, self.plan, eps),
             schedule,
             self.plan,
-            noise=lambda _, like: randn_like(like, generator),
+            noise=lambda _, like: randn_like(like, draws),
             stop=step,
         )
         return x_t, batch.condition
 
-    def generator_step(self, sample: StudentSample, generator: torch.Generator) -> Figures:
+    def generator_step(self, sample: StudentSample, draws: Draws) -> Figures:
         """Accumulate the student's gradient at `sample` (eq. 2 and its own part of eq. 4)."""
         x = sample.x0.detach()
         total = torch.zeros_like(x, dtype=torch.float32)
         figures: Figures = {"sample_mean": x.mean(), "sample_std": x.std()}
         if self.config.distribution_matching.enabled:
-            direction = self._matching_gradient(x, sample.condition, generator)
+            direction = self._matching_gradient(x, sample.condition, draws)
             loss, gradient = sample_gradient(lambda s: distribution_matching_loss(s, direction), x)
             total += gradient
             figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
         if self.config.gan.enabled:
             with self.unet.role("critic"):
                 loss, gradient = sample_gradient(
-                    lambda s: gan_generator_loss(self._logits(s, sample.condition, generator)), x
+                    lambda s: gan_generator_loss(self._logits(s, sample.condition, draws)), x
                 )
             gradient = self.config.gan.generator_weight * gradient
             total += gradient
@@ -151,39 +140,35 @@ class Distiller:
         return figures
 
     @torch.no_grad()
-    def _matching_gradient(
-        self, x: Tensor, condition: Condition, generator: torch.Generator
-    ) -> Tensor:
+    def _matching_gradient(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """Teacher against critic on the same noised samples; no gradient through any score."""
         settings = self.config.distribution_matching
-        t = random_timesteps(settings.min_timestep, settings.max_timestep, x, generator)
-        x_t = add_noise(self.components.schedule, x, randn_like(x, generator), t)
+        t = random_timesteps(settings.min_timestep, settings.max_timestep, x, draws)
+        x_t = add_noise(self.components.schedule, x, randn_like(x, draws), t)
         with self.unet.role("teacher"):
             teacher = guided(self.denoiser, settings.guidance)
-            x0_real = teacher(x_t, t, condition, condition.zeros_like())
+            x0_real = teacher(x_t, t, condition, self.components.unconditional(condition))
         with self.unet.role("critic"):
             x0_fake = self.denoiser(x_t, t, condition)
         return distribution_matching_gradient(x, x0_real, x0_fake)
 
     # -- the critic -------------------------------------------------------------------------------
 
-    def critic_step(
-        self, sample: StudentSample, batch: Batch, generator: torch.Generator
-    ) -> Figures:
+    def critic_step(self, sample: StudentSample, batch: Batch, draws: Draws) -> Figures:
         """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
         x = sample.x0.detach()
         figures: Figures = {}
         loss = torch.zeros((), device=x.device)
         with self.unet.role("critic"):
             if self.config.distribution_matching.enabled:
-                denoising = self._denoising_loss(x, sample.condition, generator)
+                denoising = self._denoising_loss(x, sample.condition, draws)
                 loss = loss + denoising
                 figures["loss/critic"] = denoising.detach()
             if self.config.gan.enabled:
                 assert batch.real is not None
                 both = torch.cat([batch.real.latents, x])
                 captions = Condition.cat([batch.real.condition, sample.condition])
-                real, fake = self._logits(both, captions, generator).chunk(2)
+                real, fake = self._logits(both, captions, [*draws, *draws]).chunk(2)
                 gan = gan_critic_loss(real, fake)
                 loss = loss + self.config.gan.critic_weight * gan
                 figures |= {
@@ -194,20 +179,18 @@ class Distiller:
             loss.backward()
         return figures
 
-    def _denoising_loss(
-        self, x: Tensor, condition: Condition, generator: torch.Generator
-    ) -> Tensor:
+    def _denoising_loss(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """How well the critic denoises the student's samples, in the teacher's own space."""
         schedule, prediction = self.components.schedule, self.components.prediction
-        t = random_timesteps(0, schedule.num_timesteps - 1, x, generator)
-        eps = randn_like(x, generator)
+        t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
+        eps = randn_like(x, draws)
         output = self.unet(add_noise(schedule, x, eps, t), t, condition)
         return denoising_loss(prediction, output, x, eps, *coefficients(schedule, t, x))
 
-    def _logits(self, x: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+    def _logits(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""
         schedule = self.components.schedule
-        t = random_timesteps(0, schedule.num_timesteps - 1, x, generator)
-        x_t = add_noise(schedule, x, randn_like(x, generator), t)
+        t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
+        x_t = add_noise(schedule, x, randn_like(x, draws), t)
         logits: Tensor = self.head(self.unet.features(x_t, t, condition))
         return logits

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def join_processes(mixed_precision: str) -> Accelerator:
+    """This process's place among those that torchrun or accelerate started; waits for the others.
+
+    Only the main process goes on telling what it does; errors and warnings come from all.
+    """
+    from accelerate import Accelerator
+
+    # Without this, processes on a machine without GPU would each train alone, all as "main".
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE), but accelerate sees "
+            f"{accelerator.num_processes}; start them with torchrun, see docs/runs.md."
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger(__package__).setLevel(logging.WARNING)
+    return accelerator
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -16,12 +45,54 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     under checkpointing and accumulation, where one DDP wrapper is silently wrong, and 50 times
     faster than one reduction per tensor.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _several():
         return
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([piece.float().flatten() for piece in pieces])
-    dist.all_reduce(flat)
+    with _reaching_the_others():
+        dist.all_reduce(flat)
     flat /= dist.get_world_size()
     averaged: tuple[Tensor, ...] = flat.split([p.numel() for p in parameters])
     for parameter, piece in zip(parameters, averaged, strict=True):
         parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest `number` of all processes, so that they decide alike."""
+    if not _several():
+        return number
+    shared = torch.tensor(number, device=device)
+    with _reaching_the_others():
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Returns when every process has come here."""
+    largest(0, device)
+
+
+def leave_processes() -> None:
+    """Say goodbye to the other processes; none may be waiting for this one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def _reaching_the_others() -> Iterator[None]:
+    """A process that died shows as a failing exchange: one sentence instead of a backend's."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+        raise ConnectionError(
+            f"Process {dist.get_rank()} lost the other processes of this run, one of which has "
+            f"ended or cannot be reached; what it said last tells why ({reason}). "
+            "Saved checkpoints are untouched: go on with dmd2 train --resume RUNDIR."
+        ) from error

@@ -25,13 +25,18 @@ BAR_FIGURES = {
 class Monitor:
     """Context of one run; only the main process shows and writes anything."""
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, *, first_iteration: int = 0
+    ) -> None:
+        """`first_iteration`: where a resumed run goes on; what was recorded from there on, before
+        it was stopped, gives way to the new records."""
         from tqdm import tqdm
 
         self.config, self.accelerator = config, accelerator
         self.directory = Path(config.output.directory)
         self.bar = tqdm(
             total=config.training.iterations,
+            initial=first_iteration,
             desc="distilling",
             unit="it",
             dynamic_ncols=True,
@@ -42,7 +47,9 @@ class Monitor:
         if config.logging.tracker == "tensorboard" and accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.directory / "logs"))
+            self.writer = SummaryWriter(
+                str(self.directory / "logs"), purge_step=first_iteration or None
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,9 @@
-"""Tensors to pictures: labelled grids."""
+"""Tensors to pictures: labelled grids, thumbnails."""
 
 from __future__ import annotations
 
+import base64
+import io
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,6 +26,15 @@ def to_picture(image: Tensor) -> Image:
     return Image.frombytes(
         "RGB", (image.shape[2], image.shape[1]), bytes(channels_last.flatten().tolist())
     )
+
+
+def jpeg_data_url(image: Tensor, largest_px: int) -> str:
+    """One image (3, H, W) in [-1, 1], at most `largest_px` wide and high, as a data URL."""
+    picture = to_picture(image)
+    picture.thumbnail((largest_px, largest_px))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def labelled_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] = ()) -> Image:

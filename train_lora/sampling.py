@@ -15,9 +15,24 @@ from dmd2_core import (
     initial_sample,
 )
 
+from .config import Config
 from .models.components import Components
+from .models.placement import placed
 from .models.roles import SharedUNet
 from .models.text import Condition
+
+TEACHER_STEPS = 50
+"""Steps of the teacher's own sampler (DDIM) where its images are made or shown."""
+
+
+def step_plan(config: Config) -> StepPlan:
+    """The student's steps, in training and at inference."""
+    sampling = config.sampling
+    if sampling.timesteps:
+        return StepPlan(
+            timesteps=sampling.timesteps, conditioning_timestep=sampling.conditioning_timestep
+        )
+    return StepPlan.evenly(sampling.steps, conditioning_timestep=sampling.conditioning_timestep)
 
 
 @torch.no_grad()
@@ -41,10 +56,11 @@ def sample_latents(
     """
     eps = initial_noise(condition.latent_shape(), seed, first_index=first_index)
     eps = eps.to(condition.hidden.device)
+    unconditional = components.unconditional(condition)
     denoise = guided(Denoiser(unet, components.schedule, components.prediction), guidance)
     with unet.role(role):
         return few_step_sample(
-            lambda x_t, t: denoise(x_t, t, condition, condition.zeros_like()),
+            lambda x_t, t: denoise(x_t, t, condition, unconditional),
             initial_sample(components.schedule, plan, eps),
             components.schedule,
             plan,
@@ -58,7 +74,8 @@ def decode_latents(components: Components, latents: Tensor, batch: int = 16) -> 
     """Scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in [-1, 1]."""
     vae = components.vae
     chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(batch)
-    images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
+    with placed(vae, latents.device):
+        images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
     return images.float().clamp(-1, 1)
 
 
@@ -70,5 +87,6 @@ def encode_images(components: Components, images: Tensor, batch: int = 16) -> Te
     """
     vae = components.vae
     chunks = images.to(vae.dtype).split(batch)
-    latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
+    with placed(vae, images.device):
+        latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
     return latents.float() * vae.config.scaling_factor

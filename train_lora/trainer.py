@@ -1,33 +1,40 @@
-"""The loop: order of updates, schedule, logging, saving. The algorithm itself is `distill.py`."""
+"""A whole run: load, encode, train, export; from the start or from a checkpoint."""
 
 from __future__ import annotations
 
-import time
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from dmd2_core import MiddleBlockHead, Recipe, StepPlan, derived_generator, derived_seed
+from dmd2_core import MiddleBlockHead, derived_generator
 
-from .average import WeightAverage
+from .checkpoint import check_config, read_state, restore
+from .checkpoint_store import newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
 from .data.training_data import TrainingData, load_training_data
-from .distill import Distiller, Figures
-from .distributed import average_gradients
+from .distill import Distiller
+from .distributed import join_processes, largest, leave_processes, wait_for_all
+from .loop import HEAD_STREAM, Trainer
+from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
-from .models.roles import CRITIC, STUDENT, LoraSpec, SharedUNet
-from .output import check_output_directory
-from .validate import Validation
+from .models.placement import place, place_encoders, release_encoders
+from .models.roles import SharedUNet
+from .models.text import LATENT_PX
+from .output import CHECKPOINTS, check_output_directory
+from .sampling import step_plan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LORA_FILE = "lora.safetensors"
-MIDDLE_BLOCK_DOWNSCALE = 4  # SDXL's middle block works at a quarter of the latent's side
+__all__ = ["TrainResult", "Trainer", "build_trainer", "place", "resume", "train"]
+
+log = logging.getLogger(__name__)
+
+LORA_FILE, CONFIG_FILE = "lora.safetensors", "config.toml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,227 +49,91 @@ class TrainResult:
 def train(config: Config) -> TrainResult:
     """Distil `config.model` into a LoRA, exported to `output.directory`.
 
-    Raises ValueError for settings or data that cannot be used, before anything is written, and
-    FloatingPointError, naming the iteration, when a loss is no longer finite.
+    Raises ValueError for settings or data that cannot be used, before anything is written;
+    FloatingPointError when too many updates in a row are not finite; ConnectionError when another
+    process is lost; TrainingStopped when Ctrl-C or SIGTERM asked for it.
     """
-    from accelerate import Accelerator
-
-    directory = Path(config.output.directory)
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    accelerator = join_processes(config.training.mixed_precision)
     if accelerator.is_main_process:  # the others would see what it has begun to write
-        check_output_directory(directory, "output.directory")
-    accelerator.print(f"Loading the model {config.model.path} ...")
-    components = load_model(config)
-    place(components, accelerator.device)
-    accelerator.print("Encoding prompts and images ...")
-    data = load_training_data(config, components)
-    trainer = build_trainer(config, components, data, accelerator)
+        check_output_directory(config.output.directory, "output.directory")
+    return _train(config, accelerator, None)
+
+
+def resume(config: Config) -> TrainResult:
+    """Go on from the newest complete checkpoint in `output.directory`, exactly as if never stopped.
+
+    Raises as `train`; also ValueError if there is no such checkpoint, or if the settings, model or
+    data are not those of the run.
+    """
+    run = Path(config.output.directory)
+    accelerator = join_processes(config.training.mixed_precision)
+    newest = int(newest_complete(run).name) if accelerator.is_main_process else 0
+    checkpoint = run / CHECKPOINTS / f"{largest(newest, accelerator.device):06d}"
+    state = read_state(checkpoint)
+    check_config(state, config, run)
+    if state["iteration"] == config.training.iterations and (run / LORA_FILE).exists():
+        raise ValueError(
+            f"The run in {run} is complete: {run / LORA_FILE} has its {state['iteration']} "
+            "iterations. Set --training.iterations higher to train on."
+        )
+    return _train(config, accelerator, checkpoint)
+
+
+def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
+    directory = Path(config.output.directory)
+    log.info("loading the model %s", config.model.path)
+    components = load_model(config, accelerator.device)
+    unet = build_trainable_unet(  # before data is read for nothing
+        config, components, accelerator.device, warm=checkpoint is None
+    )
+    place_encoders(components, accelerator.device)
+    log.info("encoding prompts and images")
+    data = load_training_data(
+        config, components, num_processes=accelerator.num_processes, teacher=unet
+    )
+    trainer = build_trainer(config, components, data, accelerator, unet)
+    release_encoders(components, text=not data.needs_text_encoders)
+    if checkpoint is not None:
+        restore(trainer, checkpoint, read_state(checkpoint))
+        log.info("going on from %s", checkpoint)
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        write_text(directory / CONFIG_FILE, to_toml(config))
+    log.info(
+        "global batch %d = processes %d x batch_size %d x gradient_accumulation_steps %d",
+        *(trainer.global_batch, accelerator.num_processes),
+        *(config.training.batch_size, config.training.gradient_accumulation_steps),
+    )
     trainer.run()
     if accelerator.is_main_process:
         trainer.export(directory / LORA_FILE)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator.device)
+    leave_processes()
     return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)
 
 
-def load_model(config: Config) -> Components:
-    if config.model.path == "demo":
-        from .demo.teacher import load_teacher
-
-        return load_teacher()
-    from .models.loading import load_components
-
-    return load_components(config.model.path)
-
-
-def place(components: Components, device: torch.device) -> None:
-    for network in (components.unet, components.vae, *components.text_encoders):
-        network.to(device)
-
-
-def step_plan(config: Config) -> StepPlan:
-    sampling = config.sampling
-    if sampling.timesteps:
-        return StepPlan(
-            timesteps=sampling.timesteps, conditioning_timestep=sampling.conditioning_timestep
-        )
-    return StepPlan.evenly(sampling.steps, conditioning_timestep=sampling.conditioning_timestep)
-
-
 def build_trainer(
-    config: Config, components: Components, data: TrainingData, accelerator: Accelerator
+    config: Config,
+    components: Components,
+    data: TrainingData,
+    accelerator: Accelerator,
+    unet: SharedUNet | None = None,
 ) -> Trainer:
-    """The shared UNet with its two adapters, the head, and everything the loop needs."""
-    settings = config.training
-    adapters = {
-        STUDENT: LoraSpec(rank=config.student.rank, alpha=config.student.alpha),
-        CRITIC: LoraSpec(rank=config.critic.rank, alpha=config.critic.alpha),
-    }
-    unet = SharedUNet(components.unet, adapters, seed=settings.seed)
-    if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    """The UNet in its roles (built here unless given), the head, and all the loop needs."""
+    unet = unet or build_trainable_unet(config, components, accelerator.device, warm=True)
+    unet.to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
         head = MiddleBlockHead(
             unet.feature_channels,
-            config.data.resolution_px // 8 // MIDDLE_BLOCK_DOWNSCALE,
-            generator=derived_generator(settings.seed, HEAD_STREAM),
+            config.data.resolution_px // LATENT_PX // unet.feature_downscale,
+            generator=derived_generator(config.training.seed, HEAD_STREAM),
         )
     distiller = Distiller(
-        unet=unet.to(accelerator.device),
+        unet=unet,
         head=head.to(accelerator.device),
         components=components,
         plan=step_plan(config),
         config=config,
     )
     return Trainer(config=config, distiller=distiller, data=data, accelerator=accelerator)
-
-
-# Independent streams of random numbers derived from the run's seed.
-HEAD_STREAM, STEP_STREAM, NOISE_STREAM, ORDER_STREAM = range(4)
-
-
-@dataclass(slots=True)
-class Update:
-    """One side of the game: its parameters, its optimizer, and how its gradients are treated."""
-
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    max_grad_norm: float
-
-    def apply(self, num_accumulated: int) -> torch.Tensor:
-        """Average over micro-batches and processes, clip, step, clear; returns the norm."""
-        if num_accumulated > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= num_accumulated
-        average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters, self.max_grad_norm, error_if_nonfinite=False
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-
-class Trainer:
-    """State of one run. The step counter is its only position: batch and noise derive from it."""
-
-    def __init__(
-        self, *, config: Config, distiller: Distiller, data: TrainingData, accelerator: Accelerator
-    ) -> None:
-        self.config, self.distiller, self.data = config, distiller, data
-        self.accelerator = accelerator
-        student = distiller.unet.parameters_of(STUDENT)
-        critic = distiller.unet.parameters_of(CRITIC)
-        self.average = WeightAverage(student, config.training.ema_decay)
-        self.student = self._update([(student, config.student.learning_rate)])
-        self.critic = self._update(
-            [
-                (critic, config.critic.learning_rate),
-                (list(distiller.head.parameters()), config.gan.learning_rate),
-            ]
-        )
-        self.validation = Validation(
-            config=config, distiller=distiller, captions=data.captions, average=self.average
-        )
-        self.seconds_training = 0.0
-
-    def _update(self, groups: list[tuple[list[nn.Parameter], float]]) -> Update:
-        settings = self.config.training
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups],
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        parameters = [p for group, _ in groups for p in group]
-        return Update(parameters, optimizer, settings.max_grad_norm)
-
-    def run(self) -> None:
-        """All iterations, with progress bar, records and validation grids."""
-        from .monitor import Monitor
-
-        settings = self.config.training
-        with Monitor(self.config, self.accelerator) as monitor:
-            for iteration in range(settings.iterations):
-                started = time.perf_counter()
-                figures = self.iterate(iteration)
-                self.seconds_training += time.perf_counter() - started
-                monitor.record(iteration, figures)
-                if self.validation.is_due(iteration) and self.accelerator.is_main_process:
-                    monitor.picture(iteration, self.validation.grid())
-
-    def iterate(self, iteration: int) -> Figures:
-        """One iteration: perhaps a student update, then always a critic update, on one sample."""
-        settings, critic = self.config.training, self.config.critic
-        updates_student = (
-            iteration >= critic.warmup_iterations
-            and (iteration - critic.warmup_iterations) % critic.updates_per_generator == 0
-        )
-        step = self.step_index(iteration)
-        figures: Figures = {}
-        consumed = []
-        for micro in range(settings.gradient_accumulation_steps):
-            batch, noise = self._batch_and_noise(iteration, micro)
-            with self.accelerator.autocast():
-                sample = self.distiller.student_sample(
-                    batch, step, noise, with_graph=updates_student
-                )
-                if updates_student:
-                    figures |= self.distiller.generator_step(sample, noise)
-            consumed.append((sample.detached(), batch, noise))
-        if updates_student:
-            self._apply(self.student, "student", figures, iteration)
-            self.average.update()
-        for sample, batch, noise in consumed:
-            with self.accelerator.autocast():
-                figures |= self.distiller.critic_step(sample, batch, noise)
-        self._apply(self.critic, "critic", figures, iteration)
-        return figures
-
-    def step_index(self, iteration: int) -> int:
-        """Where backward simulation stops: the same on every rank and in every micro-batch."""
-        generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
-        return int(torch.randint(len(self.distiller.plan.timesteps), (), generator=generator))
-
-    def _batch_and_noise(self, iteration: int, micro: int) -> tuple[Any, torch.Generator]:
-        settings, ranks = self.config.training, self.accelerator.num_processes
-        rank = self.accelerator.process_index
-        place = (iteration * settings.gradient_accumulation_steps + micro) * ranks + rank
-        batch = self.data.batch(
-            first=place * settings.batch_size,
-            size=settings.batch_size,
-            seed=derived_seed(settings.seed, ORDER_STREAM),
-        )
-        return batch, derived_generator(settings.seed, NOISE_STREAM, iteration, micro, rank)
-
-    def _apply(self, update: Update, name: str, figures: Figures, iteration: int) -> None:
-        norm = update.apply(self.config.training.gradient_accumulation_steps)
-        figures[f"gradient_norm/{name}"] = norm
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"The {name}'s gradient is {norm.item()} at iteration {iteration}: lower "
-                f'{name}.learning_rate, or train in mixed_precision = "no".'
-            )
-
-    def export(self, path: Path) -> None:
-        """Write the averaged student as a LoRA file with its recipe."""
-        from .export import export_lora
-
-        config, components = self.config, self.distiller.components
-        recipe = Recipe(
-            timesteps=self.distiller.plan.timesteps,
-            conditioning_timestep=self.distiller.plan.conditioning_timestep,
-            prediction=components.prediction,
-            zero_terminal_snr=components.schedule.has_zero_terminal_snr,
-            teacher_guidance=config.distribution_matching.guidance,
-            lora_rank=config.student.rank,
-            lora_alpha=config.student.alpha,
-            base_model=components.name,
-            base_model_hash=components.base_hash,
-            trained_with=config.recipe_settings(),
-        )
-        with self.average.applied():
-            export_lora(self.distiller.unet, STUDENT, path, recipe)

@@ -15,12 +15,10 @@ from .data.training_data import encode_captions
 from .distill import Distiller
 from .models.roles import STUDENT, TEACHER
 from .pictures import labelled_grid
-from .sampling import decode_latents, sample_latents
+from .sampling import TEACHER_STEPS, decode_latents, sample_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-TEACHER_STEPS = 50
 
 
 class Validation:

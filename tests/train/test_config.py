@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from train_lora import config_text
-from train_lora.config import SECTIONS, Bounds, Config, DataConfig, ModelConfig, OutputConfig
+from train_lora.config import SECTIONS, Config, DataConfig, ModelConfig, OutputConfig
 from train_lora.config_load import (
     ABLATIONS,
     DEFAULTS,
@@ -23,6 +23,7 @@ from train_lora.config_load import (
     resolve_key,
     value_of,
 )
+from train_lora.config_section import Bounds
 
 REQUIRED = (
     '[model]\npath = "m"\n[data]\nprompts = "p.txt"\nreal_images = "r"\n[output]\ndirectory = "o"\n'
@@ -276,6 +277,27 @@ def test_an_option_without_effect_is_an_error(toml, text, key):
         load(file=toml(text))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([("data.teacher_images", "3")], "data.teacher_images"),
+        ([("data.stream", "true")], "data.stream"),
+        ([("data.prompt_column", "caption")], "data.prompt_column"),
+        ([("data.real_images", "teacher"), ("data.min_size_px", "64")], "data.min_size_px"),
+        ([("data.real_images", "demo"), ("data.size_ids", "image")], "data.size_ids"),
+        ([("data.real_images", "teacher"), ("data.split", "test")], "data.split"),
+    ],
+)
+def test_data_options_without_effect_are_errors(toml, overrides, key):
+    with pytest.raises(ValueError, match=rf"{key} is .* has no effect, because .*; remove {key}"):
+        load(file=toml(), overrides=overrides)
+
+
+def test_the_teachers_images_take_guidance_even_without_distribution_matching(toml):
+    switches = "[distribution_matching]\nenabled = false\nguidance = 2.0\n"
+    load(file=toml(switches), overrides=[("data.real_images", "teacher")])
+
+
 def test_a_later_switch_may_leave_earlier_values_without_effect(toml):
     file = toml("[gan]\ngenerator_weight = 0.5\n")
     loaded = load(file=file, ablations=["no-gan"])
@@ -342,7 +364,8 @@ def test_recipe_settings_do_not_depend_on_folders():
     there = load(preset="demo", overrides=[("model.path", "b/base"), ("directory", "y")]).config
     assert here.recipe_settings() == there.recipe_settings()
     assert here.recipe_settings()["model"]["path"] == "base"
-    assert "output" not in here.recipe_settings()
+    results = {"output", "validation", "logging", "checkpoint", "export"}
+    assert set(here.recipe_settings()) == set(SECTIONS) - results
 
 
 # -- dataclasses -----------------------------------------------------------------------------------

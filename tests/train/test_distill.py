@@ -17,7 +17,8 @@ from dmd2_core import (
     initial_sample,
     to_x0,
 )
-from train_lora.distill import Batch, Distiller, randn_like, random_timesteps
+from train_lora.distill import Batch, Distiller
+from train_lora.draws import Draws, randn_like, random_timesteps, sample_draws
 
 from .tiny import demo_config, random_batch, random_distiller
 
@@ -38,12 +39,12 @@ def gradients(distiller: Distiller, role: str) -> list[Tensor | None]:
     return [parameter.grad for parameter in distiller.unet.parameters_of(role)]
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(11)
+def fresh_draws() -> Draws:
+    return sample_draws(11, first=0, count=2)
 
 
-def run_generator_step(distiller: Distiller, batch: Batch) -> torch.Generator:
-    noise = generator()
+def run_generator_step(distiller: Distiller, batch: Batch) -> Draws:
+    noise = fresh_draws()
     sample = distiller.student_sample(batch, STEP, noise, with_graph=True)
     distiller.generator_step(sample, noise)
     return noise
@@ -56,7 +57,7 @@ def test_generator_gradient_equals_one_graph_through_separate_networks(
     reference = copy.deepcopy(distiller)
     run_generator_step(distiller, batch)
 
-    draws, condition = generator(), batch.condition
+    draws, condition = fresh_draws(), batch.condition
     critic_copy = copy.deepcopy(reference.unet)
     schedule = reference.components.schedule
 
@@ -108,7 +109,7 @@ def test_generator_step_leaves_critic_and_head_without_gradient(
 def test_critic_step_leaves_the_student_without_gradient(
     distiller: Distiller, batch: Batch
 ) -> None:
-    noise = generator()
+    noise = fresh_draws()
     sample = distiller.student_sample(batch, STEP, noise, with_graph=False)
     figures = distiller.critic_step(sample, batch, noise)
     assert all(gradient is None for gradient in gradients(distiller, "student"))
@@ -122,10 +123,10 @@ def test_backward_simulation_stops_where_inference_passes_through(
     distiller: Distiller, batch: Batch
 ) -> None:
     """The student's training sample is inference's intermediate x0_hat for the same noise."""
-    draws = generator()
+    draws = fresh_draws()
     sample = distiller.student_sample(batch, STEP, draws, with_graph=False)
     schedule, plan = distiller.components.schedule, distiller.plan
-    replay = generator()
+    replay = fresh_draws()
     eps = randn_like(batch.real.latents, replay)
     seen = {}
     with torch.no_grad(), distiller.unet.role("student"):
@@ -147,11 +148,11 @@ def test_without_backward_simulation_the_input_is_a_noised_real_latent(
 ) -> None:
     config = demo_config(tmp_path / "run", backward_simulation__enabled="false")
     distiller = random_distiller(config)
-    x_t, condition = distiller._student_input(batch, STEP, generator())
+    x_t, condition = distiller._student_input(batch, STEP, fresh_draws())
     expected = add_noise(
         distiller.components.schedule,
         batch.real.latents,
-        randn_like(batch.real.latents, generator()),
+        randn_like(batch.real.latents, fresh_draws()),
         torch.full((2,), 499),
     )
     assert torch.equal(x_t, expected)
@@ -172,7 +173,7 @@ def test_a_loss_that_is_off_is_not_computed(
     changed = copy.copy(config)
     object.__setattr__(changed, section, switched)
     distiller = random_distiller(changed)
-    noise = generator()
+    noise = fresh_draws()
     sample = distiller.student_sample(batch, 0, noise, with_graph=True)
     figures = distiller.generator_step(sample, noise)
     figures |= distiller.critic_step(sample.detached(), batch, noise)

@@ -140,7 +140,10 @@ def test_weights_that_are_not_finite_are_refused(components, tmp_path, value):
 # Reading
 
 
-def test_diffusers_applies_every_module(student, path, base, components, make_inputs):
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+def test_diffusers_applies_every_module(student, tmp_path, base, components, make_inputs, names):
+    path = tmp_path / "l.safetensors"
+    export_lora(student, STUDENT, path, RECIPE, dtype=torch.float32, names=names)
     pipeline = StableDiffusionXLPipeline(
         vae=components.vae,
         text_encoder=None,
@@ -258,7 +261,7 @@ def test_a_larger_rank_than_the_roles_is_refused(path, base):
 
 def test_a_file_that_is_no_lora_is_refused(tmp_path):
     save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="not a plain LoRA in sd-scripts form"):
+    with pytest.raises(ValueError, match=r"not a plain LoRA \(it has no .lora_down.weight"):
         read_lora(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="does not exist: check the path"):
         read_lora(tmp_path / "nothing.safetensors")

@@ -79,8 +79,8 @@ def test_float16_file_halves_and_keeps_the_hash(components, tmp_path):
     assert_same_weights(components, loaded, dtype=torch.float16)
     assert loaded.base_hash == components.base_hash
     brain = load_components(tmp_path / "half.safetensors", dtype=torch.bfloat16)
-    assert brain.unet.dtype == brain.text_encoders[1].dtype == torch.bfloat16
-    assert brain.vae.dtype == torch.float32
+    assert brain.unet.dtype == torch.bfloat16
+    assert brain.vae.dtype == brain.text_encoders[1].dtype == torch.float32
     assert brain.base_hash == components.base_hash
 
 
@@ -126,6 +126,9 @@ def test_what_a_single_file_cannot_say_is_refused(components, tmp_path):
         save_single_file(replace(components, prediction="sample"), tmp_path / "a.safetensors")
     components.unet.register_to_config(attention_head_dim=(2, 2, 3))
     with pytest.raises(ValueError, match="2 attention heads on 32 channels"):
+        save_single_file(components, tmp_path / "a.safetensors")
+    components.unet.register_to_config(attention_head_dim=(1, 2, 3), norm_num_groups=16)
+    with pytest.raises(ValueError, match=r"16 groups in a norm .* which means 8 here"):
         save_single_file(components, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"dtype is .*bfloat16: save in"):
         save_single_file(components, tmp_path / "a.safetensors", dtype=torch.bfloat16)
@@ -191,15 +194,58 @@ UNET, CLIP_L, CLIP_G = (
 )
 
 
+def test_the_config_overrides_silence_and_not_the_file(components, file, tmp_path):
+    """`model.prediction` reaches the loader in both forms."""
+    silent = rewritten(file, tmp_path, lambda tensors: None)  # no metadata, no marks
+    loaded = load_components(silent, prediction="v-zero-snr")
+    assert (loaded.prediction, loaded.schedule.has_zero_terminal_snr) == ("v", True)
+    with pytest.raises(ValueError, match=r'model.prediction is "v", but .* says epsilon'):
+        load_components(file, prediction="v")  # its modelspec.prediction_type is epsilon
+    save_diffusers_folder(replace(components, prediction="v"), tmp_path / "v")
+    with pytest.raises(ValueError, match=r'"epsilon", but .* says v \(prediction_type in sched'):
+        load_components(tmp_path / "v", prediction="epsilon")
+
+
+def test_pickles_are_known_by_their_content_too(tmp_path):
+    torch.save({"x": torch.zeros(2)}, tmp_path / "renamed.safetensors")
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_components(tmp_path / "renamed.safetensors")
+    (tmp_path / "bare.safetensors").write_bytes(b"\x80\x02}q\x00X\x01\x00\x00")
+    with pytest.raises(ValueError, match="is a pickle"):
+        read_safetensors(tmp_path / "bare.safetensors")
+    # A header of 640 = 0x0280 bytes begins like a pickle of protocol 2 and is none.
+    header = b'{"__metadata__":{"x":"1"}}'.ljust(640)
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert read_safetensors(tmp_path / "odd.safetensors") == ({}, {"x": "1"})
+
+
+def test_folders_that_are_something_else_say_what_was_expected(components, file, tmp_path):
+    with pytest.raises(ValueError, match=r"name the file itself, such as .*model.safetensors"):
+        load_components(file.parent)
+    folder = tmp_path / "bin"
+    save_diffusers_folder(components, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"unet holds only .bin weights, which are pickles"):
+        load_components(folder)
+    with pytest.raises(ValueError, match="is one network of a diffusers folder, not a checkpoint"):
+        load_components(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed_prefix(CLIP_L, "cond_stage_model."), "1.x or 2.x checkpoint, not SDXL"),
+        (renamed_prefix("", "net."), "is neither an SDXL nor an SD1.5 checkpoint"),
+        (
+            lambda t: t.update({"model.diffusion_model.double_blocks.0": torch.zeros(1)}),
+            "is a diffusion transformer",
+        ),
+        (renamed_prefix(CLIP_L, "cond_stage_model.model."), "is a Stable Diffusion 2.x checkpoint"),
         (renamed_prefix(CLIP_G, "conditioner.embedders.0.model."), "is an SDXL refiner"),
         (renamed_prefix("first_stage_model.", "vae."), r"has no tensors first_stage_model\.\*"),
         (lambda t: t.update({"edm_mean": torch.zeros(1)}), "trained on an EDM schedule"),
         (lambda t: t.pop(UNET + "out.2.bias"), "1 of its tensors are missing, first model.diff"),
-        (lambda t: t.update({UNET + "extra": torch.zeros(1)}), "1 tensors more than SDXL's"),
+        (lambda t: t.update({UNET + "extra": torch.zeros(1)}), "1 tensors more than the structure"),
         (
             lambda t: t.update({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}),
             "inpainting or editing model with 9 input channels",
@@ -216,7 +262,7 @@ def test_other_architectures_are_named(file, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_components(path)
     assert str(path) in str(caught.value)
-    assert "give an SDXL base checkpoint" in str(caught.value)
+    assert "give an SDXL or SD1.5 checkpoint" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -227,7 +273,7 @@ def test_a_lora_is_not_a_checkpoint(tmp_path):
 
 
 def test_missing_damaged_and_foreign_file(file, tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist: give an SDXL"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give an SDXL or SD1\.5"):
         load_components(tmp_path / "nowhere")
     (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="damaged, incomplete or not a safetensors file"):
@@ -236,27 +282,29 @@ def test_missing_damaged_and_foreign_file(file, tmp_path):
     with pytest.raises(ValueError, match="damaged, incomplete or not a safetensors file"):
         load_components(tmp_path / "text.safetensors")
     (tmp_path / "old.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="convert it first"):
+    with pytest.raises(ValueError, match=r"is a pickle, which can run any code .* convert it"):
         load_components(tmp_path / "old.ckpt")
 
 
 def test_bad_folders(components, tmp_path):
-    with pytest.raises(ValueError, match=r"model_index.json cannot be read \(No such file"):
+    with pytest.raises(
+        ValueError, match=r"is a folder without model_index.json, so it is no diffusers"
+    ):
         load_components(tmp_path)
     folder = tmp_path / "model"
     save_diffusers_folder(components, folder)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(config | {"beta_end": 0.02}))
-    with pytest.raises(ValueError, match=r"beta_end 0.02, SDXL's is 0.012"):
+    with pytest.raises(ValueError, match=r"beta_end 0.02, SDXL's and SD1.5's is 0.012"):
         load_components(folder)
     scheduler.write_text(json.dumps(config | {"prediction_type": "flow"}))
-    with pytest.raises(ValueError, match="prediction_type 'flow': use one of epsilon"):
+    with pytest.raises(ValueError, match="prediction type 'flow', which cannot be distilled"):
         load_components(folder)
     scheduler.write_text(json.dumps(config))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"unet cannot be loaded \("):
         load_components(folder)
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="holds a FluxPipeline, not a StableDiffusionXL"):
+    with pytest.raises(ValueError, match="holds a FluxPipeline, not one of StableDiffusionXL"):
         load_components(folder)

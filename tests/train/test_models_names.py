@@ -87,7 +87,7 @@ def test_sdxls_configs_are_read_off_its_shapes():
         len(file) == 1680 + 248 + 196 + 389
     )  # the base file's 2515 but position ids and logit scale
     shapes = {name: tuple(tensor.shape) for name, tensor in file.items()}
-    configs = infer_configs(shapes, resolution_px=1024)
+    configs = infer_configs(shapes, "sdxl", resolution_px=1024)
     assert configs == {
         "unet": sdxl_config.UNET,
         "vae": sdxl_config.VAE,
@@ -98,7 +98,7 @@ def test_sdxls_configs_are_read_off_its_shapes():
 
 def test_the_tiny_configs_are_read_off_its_shapes():
     shapes = {name: tuple(t.shape) for name, t in components_to_file(tiny()).items()}
-    configs = infer_configs(shapes, resolution_px=128)
+    configs = infer_configs(shapes, "sdxl", resolution_px=128)
     expected = {
         "unet": architecture.UNET_CONFIG,
         "vae": architecture.VAE_CONFIG,

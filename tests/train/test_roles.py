@@ -266,9 +266,9 @@ def test_state_dicts_copy_one_role_into_another_model(shared, shared_components,
 
 def test_states_that_do_not_fit_are_refused_before_anything_changes(shared):
     before = {name: t.clone() for name, t in shared.role_state_dict(CRITIC).items()}
-    with pytest.raises(ValueError, match="258 tensors do not fit the critic's adapter, first"):
+    with pytest.raises(ValueError, match="258 tensors do not fit the critic's weights, first"):
         shared.load_role_state_dict(CRITIC, shared.role_state_dict(STUDENT))  # another rank
-    with pytest.raises(ValueError, match=r"1 tensors do not fit the critic's adapter, first 'x'"):
+    with pytest.raises(ValueError, match=r"1 tensors do not fit the critic's weights, first 'x'"):
         shared.load_role_state_dict(CRITIC, before | {"x": torch.zeros(1)})
     after = shared.role_state_dict(CRITIC)
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -6,41 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from train_lora.average import WeightAverage
 from train_lora.data.order import shuffled_indices
-from train_lora.data.training_data import TrainingData
-from train_lora.distill import RealImages
-from train_lora.trainer import Trainer, build_trainer
 
-from .tiny import demo_config, random_components, random_condition
-
-SMALL = {
-    "training__batch_size": 2,
-    "student__rank": 4,
-    "critic__rank": 4,
-    "validation__every": 0,
-}
-
-
-def small_trainer(directory: Path, **overrides: object) -> Trainer:
-    config = demo_config(directory, **(SMALL | overrides))
-    generator = torch.Generator().manual_seed(3)
-    data = TrainingData(
-        captions=["a scene"] * 6,
-        condition=random_condition(6, generator),
-        real=RealImages(
-            latents=torch.randn(5, 4, 16, 16, generator=generator),
-            condition=random_condition(5, generator),
-        ),
-    )
-    return build_trainer(config, random_components(), data, Accelerator(cpu=True))
-
-
-def weights(trainer: Trainer, role: str) -> torch.Tensor:
-    parameters = trainer.distiller.unet.parameters_of(role)
-    return torch.cat([p.detach().flatten().clone() for p in parameters])
+from .tiny import small_trainer, weights
 
 
 def test_student_moves_every_nth_iteration_and_the_critic_in_each(tmp_path: Path) -> None:
@@ -66,42 +36,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
         results.append((weights(trainer, "student"), weights(trainer, "critic")))
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
     assert not torch.equal(results[0][0], results[2][0])
-
-
-def test_accumulated_micro_batches_give_the_mean_of_their_gradients(tmp_path: Path) -> None:
-    """Two micro-batches of 1, the second's data and noise known: gradients average, not add."""
-    trainer = small_trainer(
-        tmp_path / "run", training__batch_size=1, training__gradient_accumulation_steps=2
-    )
-    seen = {}
-    update = trainer.student.apply
-    parameters = trainer.distiller.unet.parameters_of("student")
-
-    def spy(num_accumulated: int) -> torch.Tensor:
-        seen["sum"] = torch.cat([p.grad.flatten().clone() for p in parameters])
-        return update(num_accumulated)
-
-    trainer.student = type("Spy", (), {"apply": staticmethod(spy)})()
-    trainer.iterate(0)
-    alone = []
-    for micro in range(2):
-        fresh = small_trainer(tmp_path / f"micro{micro}", training__batch_size=1,
-                              training__gradient_accumulation_steps=2)  # fmt: skip
-        batch, noise = fresh._batch_and_noise(0, micro)
-        step = trainer.step_index(0)
-        sample = fresh.distiller.student_sample(batch, step, noise, with_graph=True)
-        fresh.distiller.generator_step(sample, noise)
-        grads = [p.grad.flatten() for p in fresh.distiller.unet.parameters_of("student")]
-        alone.append(torch.cat(grads))
-    torch.testing.assert_close(seen["sum"], alone[0] + alone[1], rtol=1e-5, atol=1e-8)
-
-
-def test_a_diverged_update_stops_the_run_and_names_side_and_iteration(tmp_path: Path) -> None:
-    trainer = small_trainer(tmp_path / "run")
-    with torch.no_grad():
-        trainer.distiller.unet.parameters_of("critic")[1][0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"critic's gradient is nan at iteration 3"):
-        trainer.iterate(3)
 
 
 def test_average_follows_the_recursion_and_gives_the_weights_back() -> None:

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from dmd2_core import MiddleBlockHead, StepPlan, VPSchedule
+from dmd2_core import MiddleBlockHead, Recipe, StepPlan, VPSchedule
 from train_lora.config import Config
 from train_lora.config_load import load
+from train_lora.data.training_data import TrainingData
 from train_lora.demo import architecture
 from train_lora.distill import Batch, Distiller, RealImages
+from train_lora.export import export_lora
 from train_lora.models.components import Components
 from train_lora.models.fingerprint import unet_hash
-from train_lora.models.roles import LoraSpec, SharedUNet
+from train_lora.models.roles import STUDENT, LoraSpec, SharedUNet
 from train_lora.models.text import Condition, size_ids
 from train_lora.models.tokenizer import build_tokenizers
+from train_lora.trainer import Trainer, build_trainer
 
 
 def demo_config(directory: Path, **overrides: Any) -> Config:
@@ -84,3 +88,53 @@ def random_distiller(config: Config, seed: int = 0) -> Distiller:
         plan=StepPlan.evenly(4),
         config=config,
     )
+
+
+SMALL = {
+    "training__batch_size": 2,
+    "student__rank": 4,
+    "critic__rank": 4,
+    "validation__every": 0,
+}
+
+
+def small_trainer(directory: Path, **overrides: object) -> Trainer:
+    """Six prompts and five images, random; batches of 2 unless `overrides` say otherwise.
+
+    None takes a value of `SMALL` back.
+    """
+    values = {key: value for key, value in (SMALL | overrides).items() if value is not None}
+    config = demo_config(directory, **values)
+    generator = torch.Generator().manual_seed(3)
+    data = TrainingData.in_memory(
+        captions=["a scene"] * 6,
+        condition=random_condition(6, generator),
+        real=RealImages(
+            latents=torch.randn(5, 4, 16, 16, generator=generator),
+            condition=random_condition(5, generator),
+        ),
+    )
+    return build_trainer(config, random_components(), data, Accelerator(cpu=True))
+
+
+def real_latents(trainer: Trainer) -> torch.Tensor:
+    """Those that `small_trainer` trains on: what is written into them, it sees."""
+    return trainer.data.buckets[0].images.part.columns["latents"]
+
+
+def weights(trainer: Trainer, role: str) -> torch.Tensor:
+    parameters = trainer.distiller.unet.parameters_of(role)
+    return torch.cat([p.detach().flatten().clone() for p in parameters])
+
+
+def student_file(
+    path: Path, recipe: Recipe | None = None, components: Components | None = None, rank: int = 2
+) -> Path:
+    """A LoRA of random weights for these components, written to `path`."""
+    model = components or random_components()
+    unet = SharedUNet(model.unet, {STUDENT: LoraSpec(rank=rank, alpha=1.0)}, seed=1)
+    for weight in unet.parameters_of(STUDENT):
+        weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    recipe = recipe or Recipe(timesteps=(999, 749, 499, 249))
+    export_lora(unet, STUDENT, path, recipe, dtype=torch.float32)
+    return path

@@ -1,4 +1,4 @@
-"""State dicts of diffusers' and transformers' networks <-> tensors of an SDXL single file."""
+"""State dicts of diffusers' and transformers' networks <-> tensors of a single file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .names import (
     CLIP_G_PREFIX,
     CLIP_L_PREFIX,
+    SD15_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_g_names,
@@ -51,16 +52,22 @@ def unet_to_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Stat
 
 def components_to_file(components: Components) -> State:
     """All tensors of the single file, in the networks' own dtypes."""
-    encoder_l, encoder_g = components.text_encoders
     unet = unet_to_file(base_state_dict(components.unet), components.unet.config)
     parts = {
         UNET_PREFIX: unet,
         VAE_PREFIX: _vae_to_file(components.vae.state_dict(), components.vae.config),
-        CLIP_L_PREFIX: {
-            name.removeprefix(_TEXT): tensor for name, tensor in encoder_l.state_dict().items()
-        },
-        CLIP_G_PREFIX: _clip_g_to_file(encoder_g.state_dict(), encoder_g.config.num_hidden_layers),
     }
+    encoder_l = {
+        name.removeprefix(_TEXT): tensor
+        for name, tensor in components.text_encoders[0].state_dict().items()
+    }
+    if components.kind == "sd15":
+        parts[SD15_CLIP_PREFIX] = encoder_l
+    else:
+        encoder_g = components.text_encoders[1]
+        num_layers = encoder_g.config.num_hidden_layers
+        parts[CLIP_L_PREFIX] = encoder_l
+        parts[CLIP_G_PREFIX] = _clip_g_to_file(encoder_g.state_dict(), num_layers)
     return {
         prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()
     }
@@ -104,7 +111,7 @@ def unet_from_file(file: State, keys: Iterable[str], config: Mapping[str, Any]) 
     state = _pick(file, keys, lambda key: UNET_PREFIX + renamed(key, names))
     num = sum(name.startswith(UNET_PREFIX) for name in file)
     if num != len(state):
-        raise ValueError(f"its UNet has {num - len(state)} tensors more than SDXL's structure")
+        raise ValueError(f"its UNet has {num - len(state)} tensors more than the structure")
     return state
 
 
@@ -117,8 +124,8 @@ def vae_from_file(file: State, keys: Iterable[str], config: Mapping[str, Any]) -
     }
 
 
-def clip_l_from_file(file: State, keys: Iterable[str]) -> State:
-    return _pick(file, keys, lambda key: CLIP_L_PREFIX + key.removeprefix(_TEXT))
+def clip_l_from_file(file: State, keys: Iterable[str], prefix: str = CLIP_L_PREFIX) -> State:
+    return _pick(file, keys, lambda key: prefix + key.removeprefix(_TEXT))
 
 
 def clip_g_from_file(file: State, keys: Iterable[str], num_layers: int) -> State:

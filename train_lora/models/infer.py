@@ -1,6 +1,7 @@
-"""The configs of an SDXL single file's networks, read off its tensors' shapes.
+"""The configs of a single file's networks, read off its tensors' shapes.
 
-Full SDXL and small copies of its structure alike; what shapes cannot tell is SDXL's convention.
+Full SDXL and SD1.5 and small copies of their structure alike; what shapes cannot tell is their
+convention.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import sdxl_config
-from .names import CLIP_G_PREFIX, CLIP_L_PREFIX, UNET_PREFIX, VAE_PREFIX
+from . import sd15_config, sdxl_config
+from .components import Kind
+from .names import CLIP_G_PREFIX, CLIP_L_PREFIX, SD15_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 
 Shapes = Mapping[str, Sequence[int]]
 
 
 def head_width(model_channels: int) -> int:
-    """Channels per attention head of UNet and text encoders, which no file says.
+    """Channels per attention head of SDXL's UNet and of all text encoders, which no file says.
 
     64 in SDXL (320 channels at the first level); small networks that 64 does not divide use 32.
     """
@@ -31,27 +33,36 @@ def norm_groups(first_level_channels: int) -> int:
     return min(32, first_level_channels // 4)
 
 
-def infer_configs(shapes: Shapes, resolution_px: int) -> dict[str, dict[str, Any]]:
-    """Configs "unet", "vae", "clip_l", "clip_g" of the file with these tensors.
+def infer_configs(shapes: Shapes, kind: Kind, resolution_px: int) -> dict[str, dict[str, Any]]:
+    """Configs "unet", "vae", "clip_l" and, of SDXL, "clip_g" of the file with these tensors.
 
     `resolution_px`: the side of the pictures it was trained on, a default for pipelines only.
-    Raises KeyError, IndexError or ValueError on tensors that SDXL does not have.
+    Raises KeyError, IndexError or ValueError on tensors that the kind does not have.
     """
     model_channels = shapes[UNET_PREFIX + "input_blocks.0.0.weight"][0]
     width = head_width(model_channels)
-    unet = _unet(_below(shapes, UNET_PREFIX), width)
+    unet_shapes = _below(shapes, UNET_PREFIX)
+    unet = _unet(unet_shapes)
     vae = _vae(_below(shapes, VAE_PREFIX))
     pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
     unet["sample_size"], vae["sample_size"] = resolution_px // pixels_per_latent, resolution_px
+    if kind == "sd15":
+        return {
+            "unet": sd15_config.UNET | unet,
+            "vae": sd15_config.VAE | vae,
+            "clip_l": _clip_l(_below(shapes, SD15_CLIP_PREFIX), width),
+        }
+    unet["attention_head_dim"] = tuple(channel // width for channel in unet["block_out_channels"])
+    unet["projection_class_embeddings_input_dim"] = unet_shapes["label_emb.0.0.weight"][1]
     return {
-        "unet": unet,
-        "vae": vae,
+        "unet": sdxl_config.UNET | unet,
+        "vae": sdxl_config.VAE | vae,
         "clip_l": _clip_l(_below(shapes, CLIP_L_PREFIX), width),
         "clip_g": _clip_g(_below(shapes, CLIP_G_PREFIX), width),
     }
 
 
-def _unet(shapes: Shapes, width: int) -> dict[str, Any]:
+def _unet(shapes: Shapes) -> dict[str, Any]:
     """A level is the stages up to the next downsampling: (channels, transformer blocks) each."""
     levels: list[list[tuple[int, int]]] = [[]]
     for stage in range(1, _count(shapes, "input_blocks.")):
@@ -66,7 +77,7 @@ def _unet(shapes: Shapes, width: int) -> dict[str, Any]:
     depths = tuple(level[0][1] for level in levels)
     attends = [depth > 0 for depth in depths]
     cross = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
-    return sdxl_config.UNET | {
+    return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -77,10 +88,8 @@ def _unet(shapes: Shapes, width: int) -> dict[str, Any]:
         "norm_num_groups": norm_groups(channels[0]),
         "layers_per_block": len(levels[0]),
         "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
-        "attention_head_dim": tuple(channel // width for channel in channels),
         "cross_attention_dim": cross,
         "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,
-        "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
     }
 
 
@@ -89,7 +98,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
     channels = tuple(
         shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)
     )
-    return sdxl_config.VAE | {
+    return {
         "down_block_types": ("DownEncoderBlock2D",) * num_levels,
         "up_block_types": ("UpDecoderBlock2D",) * num_levels,
         "block_out_channels": channels,

@@ -1,4 +1,4 @@
-"""diffusers' module names <-> those of an SDXL single file (LDM, open_clip): one map for all uses.
+"""diffusers' module names <-> those of a single file (LDM, open_clip): one map for all uses.
 
 Checkpoints are loaded and saved, base models hashed and LoRAs exported through these tables. Names
 go from diffusers to the file; the other direction is a look-up among a network's own names.
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .components import Kind
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer.text_model."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
+SD15_CLIP_PREFIX = "cond_stage_model.transformer.text_model."
 
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -140,12 +143,28 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     raise KeyError(name)
 
 
-def kohya_name(ldm_module: str) -> str:
+def kohya_name(module: str) -> str:
     """The beginning of an sd-scripts LoRA key, for a module of the UNet."""
-    return "lora_unet_" + ldm_module.replace(".", "_")
+    return "lora_unet_" + module.replace(".", "_")
+
+
+def ldm_lora_names(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers' module names -> `lora_unet_` names made of LDM ones."""
+    names = unet_names(config)
+    return {module: kohya_name(renamed(module, names)) for module in modules}
 
 
 def kohya_names(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' module names -> sd-scripts' with LDM names: what exported LoRAs are made of."""
-    names = unet_names(config)
-    return {module: kohya_name(renamed(module, names)) for module in modules}
+    """diffusers' module names -> sd-scripts' own: what exported LoRAs are made of.
+
+    sd-scripts names SDXL's modules as LDM does and SD1.5's as diffusers does; A1111, Forge,
+    ComfyUI and diffusers expect just that.
+    """
+    if unet_kind(config) == "sdxl":
+        return ldm_lora_names(modules, config)
+    return {module: kohya_name(module) for module in modules}
+
+
+def unet_kind(config: Mapping[str, Any]) -> Kind:
+    """Which family a UNet of this config belongs to: only SDXL's is told sizes."""
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"

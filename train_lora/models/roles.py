@@ -1,17 +1,16 @@
 """One frozen UNet in several roles: adapters off is the teacher, each adapter is another network.
 
-The order of work in a training step should need no switch between a forward and its backward
-(`dmd2_core.losses.sample_gradient`); under gradient checkpointing the recomputation re-activates
-the role of its forward all the same, because the wrong one would go unnoticed.
+A role may also be a full copy of the base with float32 weights of its own: the same interface, five
+times the memory. The order of work in a training step should need no switch between a forward and
+its backward (`dmd2_core.losses.sample_gradient`); under gradient checkpointing the recomputation
+re-activates the role of its forward all the same, because the wrong one would go unnoticed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import warnings
+import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,59 +19,66 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .adapters import TARGETS, LoraSpec, add_adapter, initialise, lora_layers
+from .precision import Precision, set_precision
 from .text import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+__all__ = ["CRITIC", "STUDENT", "TARGETS", "TEACHER", "FullSpec", "LoraSpec", "SharedUNet"]
+
 TEACHER, STUDENT, CRITIC = "teacher", "student", "critic"
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-    "time_emb_proj",
-)
-"""Ends of the names of the modules that get an adapter: 788 modules in SDXL."""
+_MAX_COMPILED_VARIANTS = 64
+"""Widths x roles x (with, without gradient): more than the 8 that dynamo allows by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSpec:
-    """Size of one adapter: out += (alpha / rank) * up(down(x))."""
-
-    rank: int
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}: use 1 or more, such as 64")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA alpha is {self.alpha}: use a positive number, such as 8")
+class FullSpec:
+    """A role that is a full copy of the base: all its weights, in float32, are trained."""
 
 
 class SharedUNet(nn.Module):
-    """A frozen base UNet with one float32 adapter per role; outside `role` it is the teacher.
+    """A frozen base UNet with one float32 adapter (or copy) per role; outside `role` the teacher.
 
-    `requires_grad` is set here once (base off, every adapter on) and never touched again: flags
-    select kernels and so the last bits of a result. The base may be of any dtype; inputs are cast
-    to it and outputs to the dtype of `x_t`. Move it with `.to(device)`, never to another dtype.
+    `requires_grad` is set here once (base off, all else on) and never touched again: flags
+    select kernels and so the last bits of a result. The base may be of any precision; inputs are
+    cast to it and outputs to the dtype of `x_t`. Move it with `.to(device)`, never to another
+    dtype.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, adapters: Mapping[str, LoraSpec], *, seed: int
+        self,
+        unet: UNet2DConditionModel,
+        roles: Mapping[str, LoraSpec | FullSpec],
+        *,
+        seed: int,
+        precision: Precision | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        """`adapters`: role name -> size; "down" drawn from (seed, role, module), "up" zero."""
+        """`roles`: name -> size; "down" drawn from (seed, role, module), "up" zero.
+
+        `precision`: of the base, None for what it has; copies are taken before it is lowered.
+        `autocast`: dtype of every pass through any role, None to leave that to the caller.
+        """
         super().__init__()
-        assert TEACHER not in adapters
+        assert TEACHER not in roles
         assert not getattr(unet, "peft_config", None), "a UNet is shared once"
-        self.unet = unet.requires_grad_(False)
-        self.adapters = dict(adapters)
-        self._base_dtype = unet.conv_in.weight.dtype
+        full = [role for role, spec in roles.items() if isinstance(spec, FullSpec)]
+        self.copies = nn.ModuleDict(
+            {role: copy.deepcopy(unet).float().requires_grad_(True) for role in full}
+        )
+        unet.requires_grad_(False)
+        self.unet = unet if precision is None else set_precision(unet, precision)
+        self.adapters = {r: spec for r, spec in roles.items() if isinstance(spec, LoraSpec)}
+        self._autocast_dtype = autocast
         with torch.random.fork_rng(devices=[]):  # peft draws weights of its own first
-            for role, spec in adapters.items():
-                _add_adapter(unet, role, spec)
-        self._layers = dict(_lora_layers(unet))
-        for role in adapters:
+            for role, spec in self.adapters.items():
+                add_adapter(unet, role, spec)
+        self._layers = dict(lora_layers(unet))
+        for role in self.adapters:
             for module, down, up in self.pairs_of(role):
-                _initialise(down, up, f"{seed}/{role}/{module}")
+                initialise(down, up, f"{seed}/{role}/{module}")
         self._role = ""
         self._activate(TEACHER)
 
@@ -83,40 +89,55 @@ class SharedUNet(nn.Module):
         return self._role
 
     @property
+    def roles(self) -> list[str]:
+        """All names that `role` takes, the teacher first."""
+        return [TEACHER, *self.adapters, *self.copies]
+
+    def network_of(self, role: str) -> UNet2DConditionModel:
+        """The network that runs in this role: its copy, or the shared base."""
+        if role not in self.copies:
+            return self.unet
+        return self.copies[role]  # type: ignore[return-value]
+
+    @property
     def modules_with_adapter(self) -> list[str]:
         """diffusers' names of the adapted modules, in the order of the network."""
         return list(self._layers)
 
     def role(self, name: str) -> RoleScope:
         """`with unet.role("student"): ...`; restores the role before it, and nests."""
-        if name != TEACHER and name not in self.adapters:
-            known = ", ".join([TEACHER, *self.adapters])
+        if name not in self.roles:
+            known = ", ".join(self.roles)
             raise ValueError(f"role {name!r} is unknown: use one of {known}")
         return RoleScope(self, name)
 
     def _activate(self, name: str) -> None:
         if name == self._role:
             return
-        # peft's set_adapter and enable_adapters would also set requires_grad, 20 times slower.
-        settings = {"_active_adapter": [name], "_disable_adapters": name == TEACHER}
-        if name == TEACHER:
-            del settings["_active_adapter"]
-        for layer in self._layers.values():
-            layer.__dict__.update(settings)
+        if name not in self.copies:
+            # peft's set_adapter and enable_adapters would also set requires_grad, 20 times slower.
+            settings = {"_active_adapter": [name], "_disable_adapters": name == TEACHER}
+            if name == TEACHER:
+                del settings["_active_adapter"]
+            for layer in self._layers.values():
+                layer.__dict__.update(settings)
         self._role = name
 
     # The network
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
-        hidden, added = self._inputs(condition)
-        output = self.unet(
-            x_t.to(self._base_dtype),
-            t,
-            encoder_hidden_states=hidden,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        unet = self.network_of(self._role)
+        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
+        hidden, added = _inputs(condition, dtype)
+        with self._autocast(x_t):
+            output = unet(
+                x_t.to(dtype),
+                t,
+                encoder_hidden_states=hidden,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
         return output.to(x_t.dtype)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -124,29 +145,39 @@ class SharedUNet(nn.Module):
 
         SDXL at 1024 px: 1280 channels at 32x32.
         """
-        unet, sample = self.unet, x_t.to(self._base_dtype)
-        hidden, added = self._inputs(condition)
-        embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
-        embedding = embedding + unet.get_aug_embed(
-            emb=embedding, encoder_hidden_states=hidden, added_cond_kwargs=added
-        )
-        sample = unet.conv_in(sample)
-        for block in (*unet.down_blocks, unet.mid_block):
-            attends = getattr(block, "has_cross_attention", False)
-            context = {"encoder_hidden_states": hidden} if attends else {}
-            output = block(hidden_states=sample, temb=embedding, **context)
-            sample = output if isinstance(output, Tensor) else output[0]
+        unet = self.network_of(self._role)
+        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
+        hidden, added = _inputs(condition, dtype)
+        sample = x_t.to(dtype)
+        with self._autocast(x_t):
+            embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
+            if added is not None:
+                embedding = embedding + unet.get_aug_embed(
+                    emb=embedding, encoder_hidden_states=hidden, added_cond_kwargs=added
+                )
+            sample = unet.conv_in(sample)
+            for block in (*unet.down_blocks, unet.mid_block):
+                attends = getattr(block, "has_cross_attention", False)
+                context = {"encoder_hidden_states": hidden} if attends else {}
+                output = block(hidden_states=sample, temb=embedding, **context)
+                sample = output if isinstance(output, Tensor) else output[0]
         return sample.to(x_t.dtype)
 
     @property
     def feature_channels(self) -> int:
         return int(self.unet.config.block_out_channels[-1])
 
-    def _inputs(self, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states, and the pooled vector with the size ids (those stay float32)."""
-        pooled = condition.pooled.to(self._base_dtype)
-        added = {"text_embeds": pooled, "time_ids": condition.time_ids}
-        return condition.hidden.to(self._base_dtype), added
+    @property
+    def feature_downscale(self) -> int:
+        """Latent cells per cell of `features` along each side: 4 in SDXL, 8 in SD1.5."""
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def _autocast(self, x_t: Tensor) -> AbstractContextManager[object]:
+        """Without autocast's cache of cast weights: one made under no_grad (a rollout) would
+        leave the student's own call without gradients (before torch 2.9 or so)."""
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(x_t.device.type, self._autocast_dtype, cache_enabled=False)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade a second forward for memory, block by block, always in the first one's role."""
@@ -161,19 +192,40 @@ class SharedUNet(nn.Module):
                 context_fn=lambda: (nullcontext(), self.role(role)),
             )
 
-        self.unet.enable_gradient_checkpointing(recomputed)
+        for unet in (self.unet, *self.copies.values()):
+            unet.enable_gradient_checkpointing(recomputed)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile each transformer block, in place: one region, compiled once for all alike.
+
+        Roles and gradient modes are variants of their own, compiled when they are first met.
+        """
+        import torch._dynamo.config as dynamo
+        from diffusers.models.attention import BasicTransformerBlock
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_COMPILED_VARIANTS)
+        for unet in (self.unet, *self.copies.values()):
+            for module in unet.modules():
+                if isinstance(module, BasicTransformerBlock):
+                    module.compile(backend=backend)
 
     # Weights
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
-        """The role's float32 parameters, down and up of each module in the network's order."""
+        """The role's float32 parameters in the network's order: down and up of each module, or
+        all weights of a copy."""
+        if role in self.copies:
+            return list(self.copies[role].parameters())
         return [weight for _, *pair in self.pairs_of(role) for weight in pair]
 
     def role_state_dict(self, role: str) -> dict[str, Tensor]:
         """ "MODULE.lora_A.weight" (down) and "MODULE.lora_B.weight" (up); no adapter names in it.
 
-        The tensors share memory with the parameters: an average or a checkpoint clones them.
+        Of a copy all its weights under their own names. The tensors share memory with the
+        parameters: an average or a checkpoint clones them.
         """
+        if role in self.copies:
+            return self.copies[role].state_dict()
         state = {}
         for module, down, up in self.pairs_of(role):
             state[f"{module}.lora_A.weight"] = down.detach()
@@ -188,7 +240,7 @@ class SharedUNet(nn.Module):
         wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
         if wrong:
             raise ValueError(
-                f"{len(wrong)} tensors do not fit the {role}'s adapter, first {wrong[0]!r}: load "
+                f"{len(wrong)} tensors do not fit the {role}'s weights, first {wrong[0]!r}: load "
                 "weights of the same base model, rank and target modules"
             )
         for name, tensor in own.items():
@@ -222,28 +274,9 @@ class RoleScope:
         self._shared._activate(self._previous.pop())
 
 
-def _add_adapter(unet: UNet2DConditionModel, role: str, spec: LoraSpec) -> None:
-    from peft import LoraConfig
-
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(TARGETS))
-    with warnings.catch_warnings():  # the second adapter is meant
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        unet.add_adapter(config, adapter_name=role)
-
-
-def _lora_layers(unet: nn.Module) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)]
-
-
-@torch.no_grad()
-def _initialise(down: nn.Parameter, up: nn.Parameter, key: str) -> None:
-    """Kaiming-uniform "down" and zero "up", float32, the same on every device and in any order."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    values = torch.empty(down.shape)
-    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
-    down.data = values.to(down.device)
-    up.data = torch.zeros(up.shape, device=up.device)
-    for weight in (down, up):
-        weight.requires_grad_(True)
+def _inputs(condition: Condition, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Hidden states, and SDXL's pooled vector with the size ids (those stay float32)."""
+    hidden = condition.hidden.to(dtype)
+    if condition.pooled.shape[1] == 0:
+        return hidden, None
+    return hidden, {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids}

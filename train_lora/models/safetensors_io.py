@@ -6,6 +6,7 @@ is a JSON header with offsets, then the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -26,6 +27,17 @@ _TYPE_NAMES = {
 }
 
 
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the content is torch's zip archive or a bare pickle, whatever the file's name."""
+    with path.open("rb") as file:
+        start = file.read(9)  # of a safetensors file: the header's length, then "{"
+    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start.startswith(b"PK\x03\x04") or (bare and start[8:] != b"{")
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors (on the CPU, mapped from the file) and the metadata."""
     from safetensors import SafetensorError, safe_open
@@ -33,9 +45,13 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: check the path")
-    if path.is_dir() or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a .safetensors file: name a file in it")
+    if path.suffix in _PICKLE_SUFFIXES or _is_pickle(path):
         raise ValueError(
-            f"{path} is not a .safetensors file, the only format read here: convert it first"
+            f"{path} is a pickle, which can run any code when it is opened, so it is not read: "
+            "get the .safetensors version of this model, or convert it where you trust the file "
+            "(in ComfyUI: Load Checkpoint, then Save Checkpoint)"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -53,8 +69,7 @@ def write_safetensors(
 ) -> None:
     """Write the file whole or not at all; equal content gives equal bytes. Replaces `path`."""
     path = Path(path)
-    # Widest type first keeps every tensor aligned, as the library does.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = _in_file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
@@ -79,6 +94,19 @@ def write_safetensors(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Widest type first keeps every tensor aligned, as the library does."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of what follows the header in a file of these tensors, as A1111 and modelspec take."""
+    digest = hashlib.sha256()
+    for name in _in_file_order(tensors):
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,40 +1,37 @@
-"""A model to a diffusers folder or to one SDXL-format file that ComfyUI loads."""
+"""A model to a diffusers folder or to one single file that ComfyUI loads."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .components import Components
+from .components import Components, Kind
 from .convert import components_to_file
-from .infer import head_width
+from .infer import head_width, norm_groups
 from .safetensors_io import write_safetensors
+from .sd15_config import NUM_HEADS
+
+ARCHITECTURES: dict[Kind, str] = {
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd15": "stable-diffusion-v1",
+}
+"""sai_model_spec's names."""
 
 
 def save_diffusers_folder(components: Components, path: str | Path) -> None:
-    """A folder for `StableDiffusionXLPipeline.from_pretrained`, in the networks' own dtypes.
+    """A folder for diffusers' `from_pretrained`, in the networks' own dtypes.
 
     It appears whole or not at all; an existing folder must be empty.
     """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
     assert not getattr(components.unet, "peft_config", None), "save before adding adapters"
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: choose another folder or remove it")
-    pipeline = StableDiffusionXLPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoders[0],
-        text_encoder_2=components.text_encoders[1],
-        tokenizer=components.tokenizers[0],
-        tokenizer_2=components.tokenizers[1],
-        unet=components.unet,
-        scheduler=EulerDiscreteScheduler(**_scheduler_config(components)),
-        add_watermarker=False,
-    )
+    pipeline = _pipeline(components)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         pipeline.save_pretrained(Path(temporary) / "model")
@@ -43,8 +40,34 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
         (Path(temporary) / "model").rename(path)
 
 
+def _pipeline(components: Components) -> Any:
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
+
+    parts: dict[str, Any] = {
+        "vae": components.vae,
+        "unet": components.unet,
+        "text_encoder": components.text_encoders[0],
+        "tokenizer": components.tokenizers[0],
+        "scheduler": EulerDiscreteScheduler(**_scheduler_config(components)),
+    }
+    if components.kind == "sd15":
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    return StableDiffusionXLPipeline(
+        **parts,
+        text_encoder_2=components.text_encoders[1],
+        tokenizer_2=components.tokenizers[1],
+        add_watermarker=False,
+    )
+
+
 def _scheduler_config(components: Components) -> dict[str, Any]:
-    """Stable Diffusion XL's own, with this model's prediction and terminal SNR."""
+    """Stable Diffusion's own, with this model's prediction and terminal SNR."""
     zero_snr = components.schedule.has_zero_terminal_snr
     return {
         "beta_schedule": "scaled_linear",
@@ -61,34 +84,56 @@ def _scheduler_config(components: Components) -> dict[str, Any]:
 
 
 def save_single_file(
-    components: Components, path: str | Path, *, dtype: torch.dtype = torch.float16
+    components: Components,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """One file in SDXL's format, all tensors in `dtype` (float16 or float32).
+    """One file in the original format, all tensors in `dtype` (float16 or float32).
 
-    Equal models give equal bytes. The file cannot hold the number of attention heads nor another
-    schedule than SDXL's: a model that loading it would misread is refused.
+    Equal models give equal bytes. The file cannot hold the numbers of attention heads and norm
+    groups nor another schedule than SDXL's: a model that loading it would misread is refused.
+    `metadata` is added to the file's own.
     """
     path = Path(path)
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}: save in torch.float16 or torch.float32")
-    if path.exists():
+    if path.exists() and not overwrite:
         raise ValueError(f"{path} exists: choose another name or remove it")
-    _check_conventions(components)
+    check_conventions(components)
     tensors = {name: tensor.to(dtype) for name, tensor in components_to_file(components).items()}
     tensors |= {mark: torch.zeros(0, dtype=dtype) for mark in _marks(components)}
-    write_safetensors(path, tensors, _metadata(components))
+    write_safetensors(path, tensors, _metadata(components) | dict(metadata or {}))
 
 
-def _check_conventions(components: Components) -> None:
+def check_conventions(components: Components) -> None:
+    """ValueError where a single file of this model would be misread."""
+    _marks(components)
     unet, encoders = components.unet.config, components.text_encoders
     width = head_width(unet.block_out_channels[0])
-    pairs = list(zip(unet.block_out_channels, unet.attention_head_dim, strict=True))
+    pairs: list[tuple[int, int]] = []
+    if components.kind == "sdxl":
+        pairs = list(zip(unet.block_out_channels, unet.attention_head_dim, strict=True))
+    elif unet.attention_head_dim != NUM_HEADS:
+        raise ValueError(
+            f"{unet.attention_head_dim} attention heads cannot be told from a single file, which "
+            f"means {NUM_HEADS}: save a diffusers folder"
+        )
     pairs += [(e.config.hidden_size, e.config.num_attention_heads) for e in encoders]
     for channels, heads in pairs:
         if channels != heads * width:
             raise ValueError(
                 f"{heads} attention heads on {channels} channels cannot be told from a single "
                 f"file, which means {width} channels per head: save a diffusers folder"
+            )
+    for config in (unet, components.vae.config):
+        means = norm_groups(config.block_out_channels[0])
+        if config.norm_num_groups != means:
+            raise ValueError(
+                f"{config.norm_num_groups} groups in a norm cannot be told from a single file, "
+                f"which means {means} here: save a diffusers folder"
             )
 
 
@@ -113,7 +158,7 @@ def _metadata(components: Components) -> dict[str, str]:
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.architecture": ARCHITECTURES[components.kind],
         "modelspec.implementation": "sgm",
         "modelspec.title": components.name,
         "modelspec.prediction_type": components.prediction,

@@ -1,10 +1,10 @@
-"""Captions to SDXL's conditioning: two hidden states side by side, a pooled vector, size ids."""
+"""Captions to what a UNet is told: hidden states and, in SDXL, a pooled vector and size ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .tokenizer import MAX_TOKENS
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-    from .components import Components
+    from .components import Components, Kind
 
 LATENT_PX = 8
 """Pixels per latent cell along each side."""
@@ -22,14 +22,16 @@ LATENT_PX = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Condition:
-    """What an SDXL UNet is told about a batch of B pictures."""
+    """What a UNet is told about a batch of B pictures."""
 
     hidden: Tensor
-    """(B, 77, width of L + width of G): the penultimate hidden states of both encoders."""
+    """(B, 77, width). SDXL: the penultimate hidden states of both encoders, side by side.
+    SD1.5: the last hidden states of its one encoder."""
     pooled: Tensor
-    """(B, projection of G): the pooled output of encoder G."""
+    """SDXL: the pooled output of encoder G, (B, its projection). SD1.5 has none: (B, 0)."""
     time_ids: Tensor
-    """(B, 6): height, width, crop top, crop left, target height, target width, in pixels."""
+    """(B, 6): height, width, crop top, crop left, target height, target width, in pixels.
+    SD1.5 is not told them; the latents' size follows from them all the same."""
 
     def __post_init__(self) -> None:
         assert len(self.hidden) == len(self.pooled) == len(self.time_ids)
@@ -49,7 +51,7 @@ class Condition:
 
     def latent_shape(self, channels: int = 4) -> tuple[int, int, int, int]:
         """(B, channels, H/8, W/8) of the pictures that the size ids speak of."""
-        height, width = (int(pixels) // LATENT_PX for pixels in self.time_ids[0, :2].tolist())
+        height, width = (int(pixels) // LATENT_PX for pixels in self.time_ids[0, 4:].tolist())
         return len(self), channels, height, width
 
     def zeros_like(self) -> Condition:
@@ -110,19 +112,33 @@ def encode_prompts(
 ) -> Condition:
     """The conditioning of `captions` for pictures of one size, float32, on the encoders' device.
 
-    An empty caption is encoded like any other; the unconditional branch is `zeros_like`.
+    An empty caption is encoded like any other; for the unconditional branch see
+    `Components.unconditional`.
     """
     if isinstance(captions, str) or not captions:
         raise ValueError(f"captions is {captions!r}: pass a list with at least one caption")
-    hidden, pooled = [], None
-    ids = token_ids(components.tokenizers, captions)
-    for encoder, rows in zip(components.text_encoders, ids, strict=True):
-        output = encoder(rows.to(encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2].float())
-        pooled = getattr(output, "text_embeds", None)  # only encoder G has a projection
-    assert pooled is not None
-    return Condition(
-        hidden=torch.cat(hidden, dim=-1),
-        pooled=pooled.float(),
-        time_ids=size_ids(len(captions), height_px, width_px).to(pooled.device),
+    hidden, pooled = encoded(
+        components.kind, components.text_encoders, components.tokenizers, captions
     )
+    sizes = size_ids(len(captions), height_px, width_px).to(hidden.device)
+    return Condition(hidden=hidden, pooled=pooled, time_ids=sizes)
+
+
+@torch.no_grad()
+def encoded(
+    kind: Kind,
+    text_encoders: Sequence[Any],
+    tokenizers: Sequence[CLIPTokenizer],
+    captions: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """`Condition.hidden` and `Condition.pooled` of `captions`, float32."""
+    ids = token_ids(tokenizers, captions)
+    outputs = [
+        encoder(rows.to(encoder.device), output_hidden_states=True)
+        for encoder, rows in zip(text_encoders, ids, strict=True)
+    ]
+    if kind == "sd15":
+        hidden = outputs[0].last_hidden_state
+        return hidden.float(), hidden.new_zeros(len(captions), 0, dtype=torch.float32)
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return hidden.float(), outputs[1].text_embeds.float()  # of encoder G's projection

@@ -39,8 +39,11 @@ def clip_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*tokens, START, END])}
 
 
-def build_tokenizers() -> list[CLIPTokenizer]:
-    """SDXL's two tokenizers: one vocabulary, padded with the end token and with "!"."""
+def build_tokenizers(num: int = len(PADDING)) -> list[CLIPTokenizer]:
+    """SDXL's two tokenizers: one vocabulary, padded with the end token and with "!".
+
+    SD1.5 has the first of them alone.
+    """
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary(), list(_merges())
@@ -48,5 +51,5 @@ def build_tokenizers() -> list[CLIPTokenizer]:
         CLIPTokenizer(
             vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=MAX_TOKENS
         )
-        for padding in PADDING
+        for padding in PADDING[:num]
     ]

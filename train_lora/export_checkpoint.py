@@ -1,0 +1,59 @@
+"""`dmd2 export`: a LoRA file from a checkpoint, also of a training that is still running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import AVERAGE, read_state
+from .checkpoint_store import MANIFEST, damage, newest_complete
+from .config_load import from_dict
+from .finish import export_student, thumbnail_condition
+from .model_setup import build_unet, load_model
+from .models.roles import STUDENT
+from .models.safetensors_io import read_safetensors
+
+
+def export_checkpoint(source: Path, out: Path) -> list[Path]:
+    """Write the averaged student of a checkpoint, or of a run's newest complete one, to `out`.
+
+    The file is the one that the training would write at that iteration (its picture, which is
+    drawn anew, to the last bit only on the same kind of device); a full student's whole checkpoint
+    goes beside it. On the CPU; the base model is refused if it is not the run's.
+    """
+    checkpoint = _find(source)
+    state = read_state(checkpoint)
+    config = from_dict(state["config"])
+    components = load_model(config)
+    expected = state["matches"]["base model's hash"]
+    if components.base_hash != expected:
+        raise ValueError(
+            f"{config.model.path} is not the model that {checkpoint} was trained on (its hash is "
+            f"{components.base_hash[:12]}, not {expected[:12]}); put that one back."
+        )
+    device = torch.device("cpu")
+    unet = build_unet(config, components, device, roles=(STUDENT,)).to(device)
+    weights, _ = read_safetensors(checkpoint / f"{AVERAGE}.safetensors")
+    unet.load_role_state_dict(STUDENT, weights)
+    pictured = None
+    if config.export.thumbnail:
+        pictured = thumbnail_condition(config, components, state["caption"])
+    return export_student(
+        config,
+        components,
+        unet,
+        out,
+        whole=out.with_stem(f"{out.stem}_full"),
+        iterations=state["iteration"],
+        pictured=pictured,
+    )
+
+
+def _find(source: Path) -> Path:
+    if not (source / MANIFEST).is_file():
+        return newest_complete(source)
+    reason = damage(source)
+    if reason is not None:
+        raise ValueError(f"The checkpoint {source} is damaged: {reason}. Export another one.")
+    return source

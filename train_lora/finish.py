@@ -1,0 +1,130 @@
+"""What a run leaves: the student as a LoRA, and as a whole checkpoint where it is one.
+
+The end of a run and `dmd2 export` both come here, so that they write the same files.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dmd2_core import Recipe
+
+from .config import Config
+from .data.training_data import encode_captions
+from .export import export_lora, write_lora
+from .extract import extract_lora
+from .lora_metadata import modelspec
+from .model_setup import load_model
+from .models.components import Components
+from .models.roles import STUDENT, SharedUNet
+from .models.text import Condition
+from .pictures import jpeg_data_url
+from .sampling import decode_latents, sample_latents, step_plan
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "student.safetensors"
+THUMBNAIL_PX = 256
+
+
+def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
+    """How to sample with the student, and how it was made, in so many iterations."""
+    plan, settings = step_plan(config), config.recipe_settings()
+    settings["training"]["iterations"] = iterations
+    return Recipe(
+        timesteps=plan.timesteps,
+        conditioning_timestep=plan.conditioning_timestep,
+        prediction=components.prediction,
+        zero_terminal_snr=components.schedule.has_zero_terminal_snr,
+        teacher_guidance=config.distribution_matching.guidance,
+        lora_rank=config.student.rank,
+        lora_alpha=config.student.alpha,
+        base_model=components.name,
+        base_model_hash=components.base_hash,
+        trained_with=settings,
+    )
+
+
+def thumbnail_condition(config: Config, components: Components, caption: str) -> Condition:
+    """What the picture in the metadata shows: one row."""
+    return encode_captions(components, [caption], config.data.resolution_px)
+
+
+@torch.no_grad()
+def thumbnail(
+    config: Config, components: Components, unet: SharedUNet, condition: Condition
+) -> str:
+    """A small picture by the student, as a data URL."""
+    latents = sample_latents(
+        unet, STUDENT, components, condition, step_plan(config), seed=config.training.seed
+    )
+    return jpeg_data_url(decode_latents(components, latents)[0], THUMBNAIL_PX)
+
+
+def export_student(
+    config: Config,
+    components: Components,
+    unet: SharedUNet,
+    path: Path,
+    *,
+    whole: Path,
+    iterations: int,
+    pictured: Condition | None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write the student as `unet` holds it: a LoRA at `path`; returns what was written.
+
+    Full weights become a checkpoint at `whole` (float16) and, by a singular value decomposition of
+    their difference from the base, the LoRA of rank `student.rank`.
+    """
+    is_full = config.student.kind == "full"
+    files = [path, whole] if is_full else [path]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} exists: choose another name or remove it")
+    recipe = recipe_of(config, components, iterations)
+    picture = None if pictured is None else thumbnail(config, components, unet, pictured)
+    side_px, names = config.data.resolution_px, config.export.names
+    if not is_full:
+        export_lora(
+            unet, STUDENT, path, recipe,
+            names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
+        )  # fmt: skip
+        return files
+    student = unet.network_of(STUDENT)
+    _write_checkpoint(
+        replace(components, unet=student), whole, recipe, side_px, picture, overwrite=overwrite
+    )
+    base = load_model(config).unet.state_dict()  # as stored: the trained one may be rounded
+    extraction = extract_lora(student.state_dict(), base, config.student.rank)
+    log.info(
+        "the LoRA of rank %d holds %.0f%% of the student's squared change; %s holds all of it",
+        *(config.student.rank, 100 * extraction.kept, whole),
+    )
+    write_lora(
+        extraction.modules, student.config, path, recipe,
+        names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
+    )  # fmt: skip
+    return files
+
+
+def _write_checkpoint(
+    student: Components,
+    path: Path,
+    recipe: Recipe,
+    side_px: int,
+    picture: str | None,
+    *,
+    overwrite: bool,
+) -> None:
+    from .models.saving import save_single_file
+
+    recipe = replace(recipe, lora_rank=None, lora_alpha=None)
+    metadata = recipe.to_metadata() | modelspec(
+        recipe, student.kind, side_px, form="", thumbnail=picture
+    )
+    save_single_file(student, path, metadata=metadata, overwrite=overwrite)

@@ -1,0 +1,245 @@
+"""The loop: order of updates, schedule, logging, saving. The algorithm itself is `distill.py`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dmd2_core import derived_generator, derived_seed
+
+from .average import WeightAverage
+from .checkpoint import num_bytes, tensors_of, write_state
+from .checkpoint_store import CheckpointStore
+from .config import Config
+from .data.training_data import TrainingData
+from .distill import Batch, Distiller, Figures
+from .distributed import largest, wait_for_all
+from .draws import Draws, sample_draws
+from .finish import CHECKPOINT_FILE, export_student, thumbnail_condition
+from .models.roles import CRITIC, STUDENT
+from .optimizer import build_optimizer
+from .output import CHECKPOINTS
+from .stop import StopRequest, TrainingStopped
+from .update import Update, mean_figures
+from .validate import Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+# Independent streams of random numbers derived from the run's seed.
+HEAD_STREAM, STEP_STREAM, NOISE_STREAM, ORDER_STREAM = range(4)
+
+
+class Trainer:
+    """State of one run. The step counter is its only position: batch and noise derive from it."""
+
+    def __init__(
+        self, *, config: Config, distiller: Distiller, data: TrainingData, accelerator: Accelerator
+    ) -> None:
+        self.config, self.distiller, self.data = config, distiller, data
+        self.accelerator = accelerator
+        student = distiller.unet.parameters_of(STUDENT)
+        critic = distiller.unet.parameters_of(CRITIC)
+        self.average = WeightAverage(student, config.training.ema_decay)
+        self.student = self._update(
+            list(distiller.unet.role_state_dict(STUDENT)), [(student, config.student.learning_rate)]
+        )
+        head = dict(distiller.head.named_parameters())
+        self.critic = self._update(
+            [*distiller.unet.role_state_dict(CRITIC), *(f"head.{name}" for name in head)],
+            [
+                (critic, config.critic.learning_rate),
+                (list(head.values()), config.gan.learning_rate),
+            ],
+        )
+        self.validation = Validation(
+            config=config, distiller=distiller, captions=data.captions, average=self.average
+        )
+        self.checkpoints = CheckpointStore(
+            run=Path(config.output.directory),
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        )
+        self.caption = data.prompts.captions(range(1))[0]
+        self.pictured = None
+        if config.export.thumbnail:  # encoded now: later the text encoders may be off the GPU
+            self.pictured = thumbnail_condition(config, distiller.components, self.caption)
+        self.iteration = 0  # those done
+        self.saved_iteration = 0
+        self.seconds_training = 0.0
+
+    def _update(self, names: list[str], groups: list[tuple[list[nn.Parameter], float]]) -> Update:
+        settings = self.config.training
+        optimizer = build_optimizer(
+            settings.optimizer,
+            groups,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        parameters = [p for group, _ in groups for p in group]
+        return Update(names, parameters, optimizer, settings.max_grad_norm)
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one iteration, over all processes and micro-batches."""
+        settings = self.config.training
+        local = settings.batch_size * settings.gradient_accumulation_steps
+        return local * int(self.accelerator.num_processes)
+
+    def run(self) -> None:
+        """The iterations that are left, with progress bar, records, validation, checkpoints."""
+        from .monitor import Monitor
+
+        is_main = self.accelerator.is_main_process
+        with (
+            StopRequest(announce=is_main) as stop,
+            Monitor(self.config, self.accelerator, first_iteration=self.iteration) as monitor,
+        ):
+            while self.iteration < self.config.training.iterations:
+                iteration, started = self.iteration, time.perf_counter()
+                figures = self.iterate(iteration)
+                self.iteration += 1
+                self.seconds_training += time.perf_counter() - started
+                monitor.record(iteration, figures)
+                if self.validation.is_due(iteration) and is_main:
+                    monitor.picture(iteration, self.validation.grid())
+                signal_number = largest(stop.signal_number, self.accelerator.device)
+                if signal_number or self._save_is_due():
+                    self.save()
+                if signal_number:
+                    raise self._stopped(signal_number)
+
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.every
+        at_end = self.iteration == self.config.training.iterations
+        return at_end or (every > 0 and self.iteration % every == 0)
+
+    def save(self) -> None:
+        """A checkpoint of the iterations done, by the main process; all wait for it."""
+        if self.iteration == self.saved_iteration:
+            return
+        if self.accelerator.is_main_process:
+            tensors = tensors_of(self)
+            self.checkpoints.write(
+                self.iteration,
+                num_bytes(tensors),
+                lambda folder: write_state(self, tensors, folder),
+            )
+        self.saved_iteration = self.iteration
+        wait_for_all(self.accelerator.device)
+
+    def _stopped(self, signal_number: int) -> TrainingStopped:
+        directory = self.config.output.directory
+        return TrainingStopped(
+            f"stopped by {signal.Signals(signal_number).name} after iteration {self.iteration} "
+            f"and saved; go on with: dmd2 train --resume {directory}",
+            signal_number,
+        )
+
+    def iterate(self, iteration: int) -> Figures:
+        """One iteration: perhaps a student update, then always a critic update, on one sample."""
+        settings, critic = self.config.training, self.config.critic
+        updates_student = (
+            iteration >= critic.warmup_iterations
+            and (iteration - critic.warmup_iterations) % critic.updates_per_generator == 0
+        )
+        step = self.step_index(iteration)
+        figures: Figures = {}
+        parts: list[Figures] = []
+        consumed = []
+        for micro in range(settings.gradient_accumulation_steps):
+            batch, draws = self._batch_and_draws(iteration, micro)
+            with self.accelerator.autocast():
+                sample = self.distiller.student_sample(
+                    batch, step, draws, with_graph=updates_student
+                )
+                if updates_student:
+                    parts.append(self.distiller.generator_step(sample, draws))
+            consumed.append((sample.detached(), batch, draws))
+        if updates_student:
+            figures |= self._apply(self.student, "student", parts, iteration)
+            if not self.student.skipped_in_a_row:
+                self.average.update()
+        parts = []
+        for sample, batch, draws in consumed:
+            with self.accelerator.autocast():
+                parts.append(self.distiller.critic_step(sample, batch, draws))
+        return figures | self._apply(self.critic, "critic", parts, iteration)
+
+    def step_index(self, iteration: int) -> int:
+        """Where backward simulation stops: the same on every rank and in every micro-batch."""
+        generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
+        return int(torch.randint(len(self.distiller.plan.timesteps), (), generator=generator))
+
+    def _batch_and_draws(self, iteration: int, micro: int) -> tuple[Batch, Draws]:
+        """This process's part of the global batch, which is one however it is split."""
+        settings, ranks = self.config.training, self.accelerator.num_processes
+        first = (micro * ranks + self.accelerator.process_index) * settings.batch_size
+        batch = self.data.batch(
+            first=iteration * self.global_batch + first,
+            size=settings.batch_size,
+            seed=derived_seed(settings.seed, ORDER_STREAM),
+        )
+        draws = sample_draws(
+            settings.seed, NOISE_STREAM, iteration, first=first, count=settings.batch_size
+        )
+        return batch, draws
+
+    def _apply(
+        self, update: Update, name: str, parts: Sequence[Figures], iteration: int
+    ) -> Figures:
+        """Step, or skip what is not finite; returns the micro-batches' mean figures and its own."""
+        figures = mean_figures(parts)
+        broken = [n for n, v in figures.items() if n.startswith("loss/") and not v.isfinite()]
+        norm = update.apply(len(parts), losses_finite=not broken)
+        figures[f"gradient_norm/{name}"] = norm
+        figures[f"skipped_updates/{name}"] = torch.tensor(float(update.num_skipped))
+        if update.skipped_in_a_row:
+            self._report_skipped(update, name, iteration, _first_broken(broken, figures, norm))
+        return figures
+
+    def _report_skipped(self, update: Update, name: str, iteration: int, reason: str) -> None:
+        """Log it; stop the run with FloatingPointError when it has happened too often."""
+        row, most = update.skipped_in_a_row, self.config.training.max_nonfinite_in_a_row
+        if row < most:
+            log.warning(
+                "skipped the %s's update of iteration %d: %s (%d in a row, %d in all)",
+                *(name, iteration, reason, row, update.num_skipped),
+            )
+            return
+        raise FloatingPointError(
+            f"The {name}'s update was skipped {row} times in a row, the last at iteration "
+            f"{iteration}: {reason}. Lower {name}.learning_rate, or train in "
+            f'mixed_precision = "no"; checkpoints are in {self.checkpoints.run / CHECKPOINTS}.'
+        )
+
+    def export(self, path: Path) -> None:
+        """Write the averaged student with its recipe; replaces the run's own files."""
+        with self.average.applied():
+            export_student(
+                self.config,
+                self.distiller.components,
+                self.distiller.unet,
+                path,
+                whole=path.with_name(CHECKPOINT_FILE),
+                iterations=self.iteration,
+                pictured=self.pictured,
+                overwrite=True,
+            )
+
+
+def _first_broken(broken: Sequence[str], figures: Figures, norm: Tensor) -> str:
+    if broken:
+        return f"{broken[0]} is {figures[broken[0]].item()}"
+    if not norm.isfinite():
+        return f"its gradient is {norm.item()}"
+    return "a loss is not finite in another process"

@@ -1,0 +1,130 @@
+"""From `config.model`, `config.student` and `config.critic` to networks that are ready to train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import Config
+from .models.components import Components
+from .models.precision import DTYPES, Precision, check_precision
+from .models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
+
+if TYPE_CHECKING:
+    from dmd2_core import Recipe
+
+log = logging.getLogger(__name__)
+
+WARM_START_NOTICE = (
+    "warm start of the student from %s: what is trained from it inherits its licence. The "
+    "published DMD2 weights are non-commercial (CC BY-NC 4.0); leave student.init out for a LoRA "
+    "that carries no licence but the base model's."
+)
+
+
+def base_precision(config: Config, device: torch.device) -> Precision:
+    """What the frozen base is stored in; "auto" follows the device and the mixed precision."""
+    chosen = config.model.base_precision
+    if chosen != "auto":
+        return chosen
+    mixed = config.training.mixed_precision == "bf16"
+    return "bf16" if mixed and device.type != "cpu" else "fp32"
+
+
+def load_model(config: Config, device: torch.device | None = None) -> Components:
+    """The model of `config.model` on the CPU, loaded for a base on `device` (None: the CPU).
+
+    Where a full copy will be trained, all of the file's precision is kept for it.
+    """
+    device = device or torch.device("cpu")
+    precision = base_precision(config, device)
+    check_precision(precision, device, "model.base_precision")
+    if config.model.path == "demo":
+        from .demo.teacher import load_teacher
+
+        return load_teacher()
+    from .models.loading import load_components
+
+    full = "full" in (config.student.kind, config.critic.kind)
+    dtype = torch.float32 if full else DTYPES[precision]
+    return load_components(config.model.path, dtype=dtype, prediction=config.model.prediction)
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """Of every pass through the UNet; None: it computes in its own precision."""
+    return torch.bfloat16 if config.training.mixed_precision == "bf16" else None
+
+
+def build_unet(
+    config: Config,
+    components: Components,
+    device: torch.device,
+    *,
+    roles: Sequence[str] = (STUDENT, CRITIC),
+) -> SharedUNet:
+    """The teacher and the `roles` as the config wants them; the student starts cold.
+
+    Still on the CPU, meant for `device`: move it once the encoders have done their work there.
+    """
+    sections = {STUDENT: config.student, CRITIC: config.critic}
+    specs = {
+        role: FullSpec()
+        if sections[role].kind == "full"
+        else LoraSpec(rank=sections[role].rank, alpha=sections[role].alpha)
+        for role in roles
+    }
+    if config.student.kind == "full":
+        from .models.saving import check_conventions
+
+        check_conventions(components)  # it is exported as a single file, hours from now
+    unet = SharedUNet(
+        components.unet,
+        specs,
+        seed=config.training.seed,
+        precision=base_precision(config, device),
+        autocast=autocast_dtype(config),
+    )
+    return unet
+
+
+def build_trainable_unet(
+    config: Config, components: Components, device: torch.device, *, warm: bool
+) -> SharedUNet:
+    """`build_unet` as training runs it; `warm`: from `student.init`, where there is one."""
+    unet = build_unet(config, components, device)
+    if warm and config.student.init is not None:
+        warm_start(unet, config.student.init, components)
+    if config.training.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.training.compile:
+        unet.compile_blocks()
+    return unet
+
+
+def warm_start(unet: SharedUNet, path: str, components: Components) -> None:
+    """Give the student the LoRA at `path`; ValueError if it belongs to another kind of model."""
+    from .export import load_lora_into
+    from .lora_files import read_lora
+
+    _, recipe = read_lora(path)
+    if recipe is not None:
+        _check_same_prediction(path, recipe, components)
+    load_lora_into(unet, path, STUDENT)
+    log.info(WARM_START_NOTICE, path)
+
+
+def _check_same_prediction(path: str, recipe: Recipe, components: Components) -> None:
+    theirs = (recipe.prediction, recipe.zero_terminal_snr)
+    ours = (components.prediction, components.schedule.has_zero_terminal_snr)
+    if theirs != ours:
+
+        def words(prediction: str, zero_snr: bool) -> str:
+            return prediction + (" with zero terminal SNR" if zero_snr else "")
+
+        raise ValueError(
+            f"student.init {path} was trained for a model that predicts {words(*theirs)}, but "
+            f"{components.name} predicts {words(*ours)}: use a LoRA of the same prediction type"
+        )

@@ -1,0 +1,53 @@
+"""One side of the game: gradients of all micro-batches and processes become one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import average_gradients, largest
+
+
+@dataclass(slots=True)
+class Update:
+    """Student or critic: its parameters, its optimizer, and how its gradients are treated."""
+
+    names: list[str]
+    """Of the parameters, in their order: their names in checkpoints."""
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    num_skipped: int = 0
+    """Updates left out because a loss or the gradient was not finite."""
+    skipped_in_a_row: int = 0
+
+    def apply(self, num_accumulated: int, *, losses_finite: bool) -> Tensor:
+        """Average over micro-batches and processes, clip, step, clear; returns the norm.
+
+        Unless every process has finite losses and a finite gradient, none of them steps.
+        """
+        if num_accumulated > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= num_accumulated
+        average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters, self.max_grad_norm, error_if_nonfinite=False
+        )
+        broken = not (losses_finite and bool(norm.isfinite()))
+        if largest(int(broken), norm.device):
+            self.num_skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def mean_figures(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each figure over micro-batches; not finite where one of them is not."""
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
