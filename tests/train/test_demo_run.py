@@ -39,8 +39,8 @@ def test_teacher_and_student_paint_what_the_caption_says(report: dict[str, Any])
 
 
 def test_the_students_pictures_stay_near_the_measured_quality(report: dict[str, Any]) -> None:
-    # @MEASURED@; an undistilled student is above 60.
-    assert report["student_4"]["frechet_distance"] <= 45
+    # About 39 was measured; before distillation the same loop is at 110.
+    assert report["student_4"]["frechet_distance"] <= 55
 
 
 @pytest.mark.xfail(strict=True, reason="four guided steps of the teacher are better: see README")
