@@ -89,7 +89,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (data / "prompts.txt").write_text(
         "".join(f"a {c} ring on a plain background\n" for c in colours)
     )
-    for number, colour in enumerate(colours[:3]):
+    for number, colour in enumerate(colours[:4]):
         Image.new("RGB", (128, 128), colour).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"a plain {colour} background")
     settings = {
