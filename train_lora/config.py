@@ -82,6 +82,11 @@ class CriticConfig(Section):
     learning_rate: float = _number(5e-5, low=0, high=1, open_low=True)
     """Learning rate of the critic."""
 
+    loss_space: Literal["prediction", "velocity"] = "prediction"
+    """Where the critic's denoising error is counted: in what the network predicts (the paper), or
+    as velocity, where the errors of an epsilon model at high noise, in layout and colours, weigh
+    more. A v model predicts velocity anyway."""
+
     updates_per_generator: int = _number(5, low=1, high=1000)
     """Critic updates for each student update: the student is updated every so many iterations."""
 
@@ -192,6 +197,10 @@ class TrainingConfig(Section):
 
     ema_decay: float = _number(0.99, low=0, high=1, open_high=True)
     """Decay, for each student update, of the averaged student that is exported; 0: no averaging."""
+
+    learning_rate_decay: float = _number(0.0, low=0, high=1)
+    """Share of the iterations, the last ones, over which every learning rate falls to zero in a
+    straight line; 0: they stay as they are (the paper)."""
 
     max_nonfinite_in_a_row: int = _number(10, low=1)
     """Updates of student or critic in a row that may be skipped, because a loss or gradient is not

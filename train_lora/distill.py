@@ -22,11 +22,13 @@ from dmd2_core import (
     distribution_matching_gradient,
     distribution_matching_loss,
     few_step_sample,
+    from_x0,
     gan_critic_loss,
     gan_generator_loss,
     guided,
     initial_sample,
     sample_gradient,
+    to_x0,
 )
 
 from .config import Config
@@ -180,12 +182,16 @@ class Distiller:
         return figures
 
     def _denoising_loss(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """How well the critic denoises the student's samples, in the teacher's own space."""
+        """How well the critic denoises the student's samples, in `critic.loss_space`."""
         schedule, prediction = self.components.schedule, self.components.prediction
         t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
         eps = randn_like(x, draws)
-        output = self.unet(add_noise(schedule, x, eps, t), t, condition)
-        return denoising_loss(prediction, output, x, eps, *coefficients(schedule, t, x))
+        x_t, coefficients_t = add_noise(schedule, x, eps, t), coefficients(schedule, t, x)
+        output = self.unet(x_t, t, condition)
+        if self.config.critic.loss_space == "velocity":
+            x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
+            prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
+        return denoising_loss(prediction, output, x, eps, *coefficients_t)
 
     def _logits(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""

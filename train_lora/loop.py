@@ -27,7 +27,7 @@ from .models.roles import CRITIC, STUDENT
 from .optimizer import build_optimizer
 from .output import CHECKPOINTS
 from .stop import StopRequest, TrainingStopped
-from .update import Update, mean_figures
+from .update import Update, mean_figures, rate_factor
 from .validate import Validation
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ class Trainer:
         """Step, or skip what is not finite; returns the micro-batches' mean figures and its own."""
         figures = mean_figures(parts)
         broken = [n for n, v in figures.items() if n.startswith("loss/") and not v.isfinite()]
-        norm = update.apply(len(parts), losses_finite=not broken)
+        factor = rate_factor(self.config.training, iteration)
+        norm = update.apply(len(parts), losses_finite=not broken, rate_factor=factor)
         figures[f"gradient_norm/{name}"] = norm
         figures[f"skipped_updates/{name}"] = torch.tensor(float(update.num_skipped))
         if update.skipped_in_a_row:

@@ -179,3 +179,22 @@ def test_a_loss_that_is_off_is_not_computed(
     figures |= distiller.critic_step(sample.detached(), batch, noise)
     assert absent not in figures
     assert len([name for name in figures if name.startswith("loss/")]) == 2
+
+
+def test_in_velocity_space_the_critics_error_counts_more_at_high_noise(
+    tmp_path: Path, batch: Batch
+) -> None:
+    """v = alpha * eps - sigma * x0, so an epsilon network's error counts 1 / alpha^2 times."""
+    settings = {"gan__enabled": "false", "critic__loss_space": "velocity"}
+    distiller = random_distiller(demo_config(tmp_path / "run", **settings))
+    sample = distiller.student_sample(batch, STEP, fresh_draws(), with_graph=False)
+    found = distiller.critic_step(sample, batch, fresh_draws())["loss/critic"]
+
+    draws, schedule = fresh_draws(), distiller.components.schedule
+    t = random_timesteps(0, 999, sample.x0, draws)
+    eps = randn_like(sample.x0, draws)
+    alpha, _ = coefficients(schedule, t, eps)
+    with torch.no_grad(), distiller.unet.role("critic"):
+        x_t = add_noise(schedule, sample.x0, eps, t)
+        error = (distiller.unet(x_t, t, sample.condition) - eps).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, (error / alpha.flatten() ** 2).mean().float())

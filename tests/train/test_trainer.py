@@ -59,3 +59,22 @@ def test_every_pass_shows_each_sample_once_in_an_order_of_its_own() -> None:
     assert all(sorted(row.tolist()) == list(range(7)) for row in passes)
     assert passes[0].tolist() != passes[1].tolist()
     assert torch.equal(shuffled_indices(7, 5, 6, seed=1), order[5:11])
+
+
+def test_learning_rates_fall_in_a_straight_line_over_the_last_share(tmp_path: Path) -> None:
+    trainer = small_trainer(
+        tmp_path / "run",
+        training__iterations=8,
+        training__learning_rate_decay=0.5,
+        student__learning_rate=1e-3,
+        gan__learning_rate=2e-3,
+        critic__updates_per_generator=1,
+    )
+    student, head = [], []
+    for iteration in range(8):
+        trainer.iterate(iteration)
+        student.append(trainer.student.optimizer.param_groups[0]["lr"])
+        head.append(trainer.critic.optimizer.param_groups[1]["lr"])
+    falling = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert student == pytest.approx([1e-3 * share for share in falling])
+    assert head == pytest.approx([2e-3 * share for share in falling])
