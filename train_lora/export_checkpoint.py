@@ -15,7 +15,6 @@ from .model_setup import build_unet, load_model
 from .models.roles import STUDENT
 from .models.safetensors_io import read_safetensors
 
-
 NEWEST, BEST = "newest", "best"
 """Which checkpoint of a run: the newest complete one, or the best by its validation figure."""
 
