@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class CheckpointStore:
     keep_last: int
     keep_every: int
     """Iterations; checkpoints at multiples of it are never purged. 0: none is so kept."""
+    protected: Callable[[], Set[int]] = frozenset
+    """Iterations whose checkpoints are not purged either, as things stand when it is called."""
 
     def write(self, iteration: int, num_bytes: int, fill: Callable[[Path], None]) -> Path:
         """Save what `fill` writes into the folder it is given, about `num_bytes`; then purge.
@@ -56,16 +58,22 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._purge()
+        self.purge()
         for pattern in (".*.partial", ".*.removed"):  # of processes killed earlier
             for leftover in folder.parent.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
         return folder
 
-    def _purge(self) -> None:
+    def purge(self) -> None:
         """Remove what is not to be kept; failing at it is no reason to end a run."""
+        try:
+            protected = self.protected()
+        except (OSError, ValueError) as error:
+            log.warning("no old checkpoint is removed: %s", error)
+            return
         for folder in checkpoints(self.run)[self.keep_last :]:
-            if self.keep_every and int(folder.name) % self.keep_every == 0:
+            iteration = int(folder.name)
+            if iteration in protected or (self.keep_every and iteration % self.keep_every == 0):
                 continue
             try:
                 _remove(folder)

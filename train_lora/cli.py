@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 USER_ERROR, INTERRUPTED = 2, 130
 TRAIN_LIBRARIES = (
     *("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "safetensors"),
-    *("tensorboard", "torch", "tqdm", "transformers"),
+    *("psutil", "tensorboard", "torch", "tqdm", "transformers"),
 )
 DATA_LIBRARIES = ("datasets", "pyarrow")
 
@@ -149,10 +149,15 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     command.add_argument(
-        "checkpoint",
+        "source",
         type=Path,
         metavar="CHECKPOINT_OR_RUNDIR",
-        help="a checkpoint folder, or the folder of a run: its newest complete checkpoint",
+        help="the folder of a checkpoint or of a run",
+    )
+    command.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        help="of a run: newest (default), best (by validation.best) or an iteration such as 500",
     )
     command.add_argument(
         "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
@@ -268,7 +273,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
     from .export_checkpoint import export_checkpoint
 
-    for path in export_checkpoint(arguments.checkpoint, arguments.out):
+    for path in export_checkpoint(arguments.source, arguments.out, arguments.checkpoint):
         print(path)
     return 0
 

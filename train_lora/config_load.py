@@ -149,14 +149,16 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(rest_of("validation", "every"), "validation.every")
     if config.validation.prompts:
         mark(["validation.num_prompts"], "validation.prompts")
+    if not config.distribution_matching.enabled:  # its critic never learns to denoise
+        mark(["validation.panels"], "distribution_matching.enabled")
     if config.student.kind == "full":
         mark(["student.alpha"], "student.kind")
     if config.critic.kind == "full":
         mark(["critic.rank", "critic.alpha"], "critic.kind")
     if config.model.path == "demo":
         mark(["model.prediction"], "model.path")
-    if config.logging.tracker == "none":
-        mark(["logging.every"], "logging.tracker")
+    if "wandb" not in config.logging.trackers:
+        mark(["logging.project"], "logging.trackers")
     return found
 
 
@@ -283,6 +285,8 @@ def _python_value(hint: Any, text: str) -> Any:
     if get_origin(hint) is tuple:
         if text.startswith("["):
             return _toml_value(text)
+        if get_origin(get_args(hint)[0]) is Literal:
+            return [word.strip() for word in text.split(",")]
         # Captions have commas of their own.
         return [text] if get_args(hint)[0] is str else _toml_value(f"[{text}]")
     if hint is bool:
@@ -346,6 +350,8 @@ def describe_type(hint: Any) -> str:
         return f'{describe_type(_inner(hint))} or "none"'
     if get_origin(hint) is Literal:
         return " or ".join(f'"{choice}"' for choice in arguments)
+    if get_origin(hint) is tuple and get_origin(arguments[0]) is Literal:
+        return f"a list in brackets of {describe_type(arguments[0])}"
     if get_origin(hint) is tuple:
         plural = {int: "whole numbers", float: "numbers", str: "texts"}[arguments[0]]
         count = "" if arguments[-1] is ... else f"{len(arguments)} "

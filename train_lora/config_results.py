@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .config_section import LARGEST_SEED, Section, number
+from .config_section import LARGEST_SEED, Section, number, show_value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,19 +21,43 @@ class ValidationConfig(Section):
     num_prompts: int = number(8, low=1, high=64)
     """How many training captions to draw."""
 
+    images_per_prompt: int = number(2, low=2, high=16)
+    """Pictures of each prompt, from different noise: figures of variety need two. The teacher draws
+    them once for a run, in 50 guided steps each."""
+
     seed: int = number(0, low=0, high=LARGEST_SEED)
     """Seed of the validation noise, the same at every grid."""
+
+    best: Literal["statistics_distance", "picture_distance", "diversity_gap", "none"] = (
+        "statistics_distance"
+    )
+    """The validation figure by which the best checkpoint is kept for good, lowest first; see
+    docs/watching.md. "none": none is."""
+
+    panels: bool = True
+    """Whether what teacher and critic see in noised samples of the student is drawn as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig(Section):
     section: ClassVar[str] = "logging"
 
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
-    """Where losses and validation images are recorded."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where figures and validation images are recorded; []: nowhere. "wandb" (Weights & Biases)
+    must be installed, and sends them to its servers unless WANDB_MODE=offline."""
+
+    project: str = "dmd2"
+    """The Weights & Biases project that the run belongs to."""
 
     every: int = number(10, low=1)
-    """Iterations between two records of the losses."""
+    """Iterations between two records of the figures, which are averaged over them."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(
+                f"logging.trackers is {show_value(self.trackers)}; name each tracker once."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

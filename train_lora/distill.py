@@ -123,7 +123,7 @@ class Distiller:
         """Accumulate the student's gradient at `sample` (eq. 2 and its own part of eq. 4)."""
         x = sample.x0.detach()
         total = torch.zeros_like(x, dtype=torch.float32)
-        figures: Figures = {"sample_mean": x.mean(), "sample_std": x.std()}
+        figures: Figures = {}
         if self.config.distribution_matching.enabled:
             direction = self._matching_gradient(x, sample.condition, draws)
             loss, gradient = sample_gradient(lambda s: distribution_matching_loss(s, direction), x)
@@ -159,7 +159,7 @@ class Distiller:
     def critic_step(self, sample: StudentSample, batch: Batch, draws: Draws) -> Figures:
         """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
         x = sample.x0.detach()
-        figures: Figures = {}
+        figures: Figures = {"sample/mean": x.mean(), "sample/deviation": x.std()}
         loss = torch.zeros((), device=x.device)
         with self.unet.role("critic"):
             if self.config.distribution_matching.enabled:
@@ -174,6 +174,8 @@ class Distiller:
                 gan = gan_critic_loss(real, fake)
                 loss = loss + self.config.gan.critic_weight * gan
                 figures |= {
+                    "real/mean": batch.real.latents.mean(),
+                    "real/deviation": batch.real.latents.std(),
                     "loss/gan_critic": gan.detach(),
                     "discriminator/real_accuracy": (real > 0).float().mean(),
                     "discriminator/fake_accuracy": (fake < 0).float().mean(),

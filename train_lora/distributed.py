@@ -67,6 +67,16 @@ def largest(number: int, device: torch.device) -> int:
     return int(shared)
 
 
+def total(numbers: Tensor) -> Tensor:
+    """The sum over all processes, element by element; `numbers` itself where there is one."""
+    if not _several():
+        return numbers
+    shared = numbers.clone()
+    with _reaching_the_others():
+        dist.all_reduce(shared)
+    return shared
+
+
 def wait_for_all(device: torch.device) -> None:
     """Returns when every process has come here."""
     largest(0, device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dmd2_core import derived_generator, derived_seed
 
 from .average import WeightAverage
+from .best import Best, protected_checkpoints
 from .checkpoint import num_bytes, tensors_of, write_state
 from .checkpoint_store import CheckpointStore
 from .config import Config
@@ -32,6 +33,8 @@ from .validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from .monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,19 @@ class Trainer:
             ],
         )
         self.validation = Validation(
-            config=config, distiller=distiller, captions=data.captions, average=self.average
+            config=config,
+            distiller=distiller,
+            captions=data.captions,
+            average=self.average,
+            is_main_process=accelerator.is_main_process,
         )
+        directory = Path(config.output.directory)
+        self.best = Best(run=directory, figure=config.validation.best, stamp=self.validation.stamp)
         self.checkpoints = CheckpointStore(
-            run=Path(config.output.directory),
+            run=directory,
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
+            protected=lambda: protected_checkpoints(directory),
         )
         self.caption = data.prompts.captions(range(1))[0]
         self.pictured = None
@@ -100,23 +110,57 @@ class Trainer:
         from .monitor import Monitor
 
         is_main = self.accelerator.is_main_process
+        if is_main:
+            self.best.recall()
         with (
             StopRequest(announce=is_main) as stop,
-            Monitor(self.config, self.accelerator, first_iteration=self.iteration) as monitor,
+            Monitor(
+                self.config,
+                self.accelerator,
+                first_iteration=self.iteration,
+                images_per_iteration=self.global_batch,
+                standing=self.standing_figures,
+            ) as monitor,
         ):
             while self.iteration < self.config.training.iterations:
-                iteration, started = self.iteration, time.perf_counter()
-                figures = self.iterate(iteration)
+                started = time.perf_counter()
+                figures = self.iterate(self.iteration)
                 self.iteration += 1
-                self.seconds_training += time.perf_counter() - started
-                monitor.record(iteration, figures)
-                if self.validation.is_due(iteration) and is_main:
-                    monitor.picture(iteration, self.validation.grid())
+                seconds = time.perf_counter() - started
+                self.seconds_training += seconds
+                monitor.note(self.iteration, figures, seconds)
+                is_best = self.validation.is_due(self.iteration) and self._validate(monitor)
                 signal_number = largest(stop.signal_number, self.accelerator.device)
-                if signal_number or self._save_is_due():
+                if signal_number or is_best or self._save_is_due():
                     self.save()
+                if is_best and is_main:
+                    self.best.write()
+                    self.checkpoints.purge()  # the one that was the best before
                 if signal_number:
                     raise self._stopped(signal_number)
+        if is_main:
+            self.best.say()
+
+    def _validate(self, monitor: Monitor) -> bool:
+        """By all processes together; whether it is the best so far, on which they agree."""
+        is_best, result = False, self.validation.run()
+        if result is not None:
+            monitor.validated(self.iteration, result)
+            is_best = self.best.note(self.iteration, result.figures)
+        return largest(int(is_best), self.accelerator.device) > 0
+
+    def standing_figures(self) -> dict[str, float]:
+        """What a record tells beside the means: learning rates, and updates skipped so far."""
+        rates = [group["lr"] for group in self.critic.optimizer.param_groups]
+        figures = {
+            "learning_rate/student": self.student.optimizer.param_groups[0]["lr"],
+            "learning_rate/critic": rates[0],
+            "skipped_updates/student": float(self.student.num_skipped),
+            "skipped_updates/critic": float(self.critic.num_skipped),
+        }
+        if self.config.gan.enabled:
+            figures["learning_rate/discriminator"] = rates[1]
+        return figures
 
     def _save_is_due(self) -> bool:
         every = self.config.checkpoint.every
@@ -203,7 +247,6 @@ class Trainer:
         factor = rate_factor(self.config.training, iteration)
         norm = update.apply(len(parts), losses_finite=not broken, rate_factor=factor)
         figures[f"gradient_norm/{name}"] = norm
-        figures[f"skipped_updates/{name}"] = torch.tensor(float(update.num_skipped))
         if update.skipped_in_a_row:
             self._report_skipped(update, name, iteration, _first_broken(broken, figures, norm))
         return figures

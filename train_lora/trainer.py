@@ -26,6 +26,7 @@ from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
 from .sampling import step_plan
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +54,7 @@ def train(config: Config) -> TrainResult:
     FloatingPointError when too many updates in a row are not finite; ConnectionError when another
     process is lost; TrainingStopped when Ctrl-C or SIGTERM asked for it.
     """
+    check_trackers(config)
     accelerator = join_processes(config.training.mixed_precision)
     if accelerator.is_main_process:  # the others would see what it has begun to write
         check_output_directory(config.output.directory, "output.directory")
@@ -65,6 +67,7 @@ def resume(config: Config) -> TrainResult:
     Raises as `train`; also ValueError if there is no such checkpoint, or if the settings, model or
     data are not those of the run.
     """
+    check_trackers(config)
     run = Path(config.output.directory)
     accelerator = join_processes(config.training.mixed_precision)
     newest = int(newest_complete(run).name) if accelerator.is_main_process else 0

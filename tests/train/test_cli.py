@@ -213,3 +213,16 @@ def test_start_up_imports_only_the_standard_library():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_export_takes_the_checkpoint_that_is_named(stand_in, tmp_path, capsys):
+    seen = []
+    stand_in(
+        "train_lora.export_checkpoint.export_checkpoint",
+        lambda source, out, which=None: seen.append((source, which)) or [out],
+    )
+    for number, words in enumerate((["--checkpoint", "best"], [])):
+        out = tmp_path / f"{number}.safetensors"
+        assert cli.main(["export", "run", *words, "--out", str(out)]) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+    assert seen == [(Path("run"), "best"), (Path("run"), None)]

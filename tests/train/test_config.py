@@ -118,6 +118,8 @@ def test_several_ablations():
         ("conditioning_timestep", "399", 399),
         ("conditioning_timestep", "none", None),
         ("mixed_precision", "bf16", "bf16"),
+        ("trackers", "tensorboard, wandb", ("tensorboard", "wandb")),
+        ("trackers", "[]", ()),
         ("validation.prompts", "a red ring, big", ("a red ring, big",)),
         ("validation.prompts", '["a", "b, c"]', ("a", "b, c")),
         ("directory", "a b", "a b"),
@@ -183,6 +185,14 @@ def test_whole_numbers_are_welcome_where_a_float_is_meant(toml):
         ),
         ("[gan]\nenabled = false\n[distribution_matching]\nenabled = false\n", r"both false"),
         ("[gan\n", r"is not valid TOML: .*line"),
+        (
+            "[logging]\ntrackers = ['mlflow']\n",
+            r"trackers is \['mlflow'\]; set it to a list in brackets of \"tensorboard\" or",
+        ),
+        (
+            "[logging]\ntrackers = ['wandb', 'wandb']\n",
+            r"trackers is \['wandb', 'wandb'\]; name each tracker once\.",
+        ),
     ],
 )
 def test_messages_name_key_value_and_remedy(toml, text, message):
@@ -268,7 +278,7 @@ def test_the_same_thing_twice():
         ("[sampling]\nsteps = 2\ntimesteps = [999, 499]\n", "sampling.steps"),
         ("[validation]\nevery = 0\nseed = 3\n", "validation.seed"),
         ("[validation]\nprompts = ['a']\nnum_prompts = 3\n", "validation.num_prompts"),
-        ("[logging]\ntracker = 'none'\nevery = 3\n", "logging.every"),
+        ("[logging]\nproject = 'mine'\n", "logging.project"),
         ("[gan]\nenabled = false\n", "data.real_images"),
     ],
 )

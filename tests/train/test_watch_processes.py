@@ -1,0 +1,50 @@
+"""Two real processes: records are means of both, validation is drawn by both and kept by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo, as in test_processes.py")
+
+
+def test_records_and_validation_of_two_processes(tmp_path: Path) -> None:
+    command = [*LAUNCHER, "-m", "tests.train.watch_worker", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["processes"] == second["processes"] == 2
+    # 1, 3, 8 in one process; 2, 4 and one that is not a number in the other.
+    assert first["means"] == second["means"] == {"loss": pytest.approx(18 / 5), "rare": 5.0}
+    assert first["results"] == [True, True, True]
+    assert second["results"] == [False, False, False]
+    assert first["saved"] == second["saved"] == 3
+    assert first["weights"] == second["weights"]
+
+    run = tmp_path / "run"
+    assert len(list((run / "samples").iterdir())) == len(list((run / "panels").iterdir())) == 3
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    best = json.loads((run / "best.json").read_text())
+    name = "validation/statistics_distance"
+    assert best["value"] == min(line["figures"][name] for line in lines)
+    assert (run / best["checkpoint"] / "manifest.json").is_file()
+    assert len(list((run / "logs").glob("events.*"))) == 1
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    (loss,) = events.Scalars("loss/critic")
+    assert loss.step == 3
+    assert math.isfinite(loss.value)
