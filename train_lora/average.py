@@ -29,15 +29,19 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters hold the average inside the block, and their own values again after it."""
-        own = [p.detach().clone() for p in self.parameters]
-        self._copy(self.averages)
+        """The parameters hold the average inside the block, and their own values again after it.
+
+        The average holds them meanwhile: a copy would take as much memory as the adapter.
+        """
+        self._swap()
         try:
             yield
         finally:
-            self._copy(own)
+            self._swap()
 
     @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            own = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(own)

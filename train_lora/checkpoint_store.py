@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .output import CHECKPOINTS
+from .output import CHECKPOINTS, writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -51,10 +51,12 @@ class CheckpointStore:
             _seal(partial, iteration)
             _replace(partial, folder)
         except OSError as error:
+            then = "start again."
+            if checkpoints(self.run):
+                then = f"go on from the one before with: dmd2 train --resume {self.run}"
             raise ValueError(
                 f"The checkpoint of iteration {iteration} cannot be saved in {folder.parent} "
-                f"({error.strerror or error}); earlier ones are untouched. Mend that, then go on "
-                f"with: dmd2 train --resume {self.run}"
+                f"({error.strerror or error}); earlier ones are untouched. Mend that, then {then}"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -131,7 +133,7 @@ def damage(folder: Path) -> str | None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with writing(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -17,16 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 from .messages import show_messages
 from .output import check_output_directory
 from .stop import TrainingStopped
+from .user_errors import user_sentence
 
 if TYPE_CHECKING:
     from .config_load import LoadedConfig
 
 USER_ERROR, INTERRUPTED = 2, 130
-TRAIN_LIBRARIES = (
-    *("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "safetensors"),
-    *("psutil", "tensorboard", "torch", "tqdm", "transformers"),
-)
-DATA_LIBRARIES = ("datasets", "pyarrow")
 
 
 class _UsageError(ValueError):
@@ -64,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dmd2: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
     except Exception as error:
-        sentence = _user_sentence(error)
+        sentence = user_sentence(error)
         if sentence is None:
             raise
         if os.environ.get("DMD2_TRACEBACK"):
@@ -78,7 +74,7 @@ def _run(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.takes_keys:
         arguments.parser.error(f"unknown argument {rest[0]!r}")
-    arguments.overrides = _pair_overrides(rest)
+    arguments.overrides = pair_overrides(rest)
     return int(arguments.run(arguments))
 
 
@@ -112,7 +108,9 @@ class _Version(argparse.Action):
 
 def _add_config_sources(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file")
-    command.add_argument("--preset", metavar="NAME", help='values to start from, such as "demo"')
+    command.add_argument(
+        "--preset", metavar="NAME", help="values to start from: see dmd2 config --presets"
+    )
     command.add_argument(
         "--ablate",
         action="append",
@@ -213,9 +211,9 @@ def _add_teacher(commands: argparse._SubParsersAction) -> None:
 def _add_config(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "config",
-        help="show a configuration, or list all keys",
-        usage="dmd2 config (--keys | --show [--config FILE.toml] [--preset NAME] [--ablate NAME] "
-        "[--key value ...])",
+        help="show a configuration, or list all keys or presets",
+        usage="dmd2 config (--keys | --presets | --show [--config FILE.toml] [--preset NAME] "
+        "[--ablate NAME] [--key value ...])",
         allow_abbrev=False,
     )
     action = command.add_mutually_exclusive_group(required=True)
@@ -232,6 +230,13 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
         action="store_const",
         const=_config_keys,
         help="every key with its meaning, range and default",
+    )
+    action.add_argument(
+        "--presets",
+        dest="run",
+        action="store_const",
+        const=_config_presets,
+        help="every preset and what it is for",
     )
     _add_config_sources(command)
     command.set_defaults(takes_keys=True, parser=command)
@@ -324,10 +329,23 @@ def _config_show(arguments: argparse.Namespace) -> int:
 def _config_keys(arguments: argparse.Namespace) -> int:
     from .config_text import key_reference
 
-    if arguments.config or arguments.preset or arguments.ablate or arguments.overrides:
-        raise _UsageError("--keys lists all keys and takes no values; use --show with them.")
+    _refuse_values(arguments, "--keys lists all keys")
     print(key_reference())
     return 0
+
+
+def _config_presets(arguments: argparse.Namespace) -> int:
+    from .config_load import presets
+
+    _refuse_values(arguments, "--presets lists all presets")
+    for name, purpose in presets().items():
+        print(f"{name:<16}  {purpose}")
+    return 0
+
+
+def _refuse_values(arguments: argparse.Namespace, what: str) -> None:
+    if arguments.config or arguments.preset or arguments.ablate or arguments.overrides:
+        raise _UsageError(f"{what} and takes no values; use --show with them.")
 
 
 def _load_config(arguments: argparse.Namespace) -> LoadedConfig:
@@ -341,7 +359,7 @@ def _load_config(arguments: argparse.Namespace) -> LoadedConfig:
     )
 
 
-def _pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+def pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     """`--key value` and `--key=value` as (key, value)."""
     pairs: list[tuple[str, str]] = []
     remaining = iter(words)
@@ -364,35 +382,6 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) > LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"{text} is no seed; give a whole number from 0")
     return int(text)
-
-
-def _user_sentence(error: Exception) -> str | None:
-    """The sentence for an error that the user can mend; None for ours, which keeps its traceback.
-
-    A ValueError counts if our own code raised it, not if it escaped from a library.
-    """
-    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_LIBRARIES:
-        return (
-            f"The library {error.name} is not installed; "
-            "install the trainer's: pip install '.[train]' -c constraints.txt."
-        )
-    if isinstance(error, ModuleNotFoundError) and error.name in DATA_LIBRARIES:
-        return (
-            f"The library {error.name}, which reads this kind of data, is not installed; "
-            "install it: pip install '.[data]' -c constraints.txt."
-        )
-    if isinstance(error, OSError):
-        return str(error) if error.filename is None else f"{error.strerror}: {error.filename}."
-    if isinstance(error, ValueError | FloatingPointError) and _raised_by_us(error):
-        return " ".join(str(error).split())
-    return None
-
-
-def _raised_by_us(error: Exception) -> bool:
-    module = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] in ("train_lora", "dmd2_core") or module == "__main__"
 
 
 if __name__ == "__main__":

@@ -101,10 +101,11 @@ class SamplingConfig(Section):
     steps: int = _number(4, low=1, high=100)
     """Number of evenly spaced sampling steps; 4 means timesteps 999, 749, 499, 249."""
 
-    timesteps: tuple[int, ...] = _number((), low=0, high=NUM_TIMESTEPS - 1)
-    """An explicit, descending list of timesteps in place of `steps`; empty: use `steps`."""
+    timesteps: tuple[int, ...] = _number((), low=1, high=NUM_TIMESTEPS - 1)
+    """An explicit, descending list of timesteps in place of `steps`; empty: use `steps`. Not 0:
+    there is nothing left to denoise there."""
 
-    conditioning_timestep: int | None = _number(None, low=0, high=NUM_TIMESTEPS - 1)
+    conditioning_timestep: int | None = _number(None, low=1, high=NUM_TIMESTEPS - 1)
     """Timestep that the network is told at the first step (399 for one-step SDXL); "none": the
     true one."""
 

@@ -220,12 +220,19 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**sections)  # type: ignore[arg-type]
 
 
+def presets() -> dict[str, str]:
+    """Each preset's name, and the first line of its file: what it is for."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for path in sorted(PRESETS.glob("*.toml"))
+    }
+
+
 def _preset_path(name: str) -> Path:
-    path = PRESETS / f"{name}.toml"
-    known = sorted(preset.stem for preset in PRESETS.glob("*.toml"))
+    known = presets()
     if name not in known:
         raise ValueError(f'There is no preset "{name}"; the presets are: {", ".join(known)}.')
-    return path
+    return PRESETS / f"{name}.toml"
 
 
 def _check_table(table: Mapping[str, Any], source: str) -> dict[str, Any]:

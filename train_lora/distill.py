@@ -160,11 +160,10 @@ class Distiller:
         """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
         x = sample.x0.detach()
         figures: Figures = {"sample/mean": x.mean(), "sample/deviation": x.std()}
-        loss = torch.zeros((), device=x.device)
-        with self.unet.role("critic"):
+        with self.unet.role("critic"):  # one graph after the other: both at once need more memory
             if self.config.distribution_matching.enabled:
                 denoising = self._denoising_loss(x, sample.condition, draws)
-                loss = loss + denoising
+                denoising.backward()
                 figures["loss/critic"] = denoising.detach()
             if self.config.gan.enabled:
                 assert batch.real is not None
@@ -172,7 +171,7 @@ class Distiller:
                 captions = Condition.cat([batch.real.condition, sample.condition])
                 real, fake = self._logits(both, captions, [*draws, *draws]).chunk(2)
                 gan = gan_critic_loss(real, fake)
-                loss = loss + self.config.gan.critic_weight * gan
+                (self.config.gan.critic_weight * gan).backward()
                 figures |= {
                     "real/mean": batch.real.latents.mean(),
                     "real/deviation": batch.real.latents.std(),
@@ -180,7 +179,6 @@ class Distiller:
                     "discriminator/real_accuracy": (real > 0).float().mean(),
                     "discriminator/fake_accuracy": (fake < 0).float().mean(),
                 }
-            loss.backward()
         return figures
 
     def _denoising_loss(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 
 from .config import Config
 from .models.components import Components
-from .models.precision import DTYPES, Precision, check_precision
+from .models.precision import DTYPES, Precision, check_precision, import_bitsandbytes
 from .models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
+from .optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from dmd2_core import Recipe
@@ -39,6 +40,7 @@ def load_model(config: Config, device: torch.device | None = None) -> Components
 
     Where a full copy will be trained, all of the file's precision is kept for it.
     """
+    import_bitsandbytes()
     device = device or torch.device("cpu")
     precision = base_precision(config, device)
     check_precision(precision, device, "model.base_precision")
@@ -94,6 +96,7 @@ def build_trainable_unet(
     config: Config, components: Components, device: torch.device, *, warm: bool
 ) -> SharedUNet:
     """`build_unet` as training runs it; `warm`: from `student.init`, where there is one."""
+    check_optimizer(config.training.optimizer)
     unet = build_unet(config, components, device)
     if warm and config.student.init is not None:
         warm_start(unet, config.student.init, components)

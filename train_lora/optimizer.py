@@ -13,6 +13,12 @@ from .models.precision import needs_bitsandbytes
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 
+def check_optimizer(name: OptimizerName) -> None:
+    """ValueError where its library is missing."""
+    if name == "adamw8bit":
+        needs_bitsandbytes('training.optimizer "adamw8bit"')
+
+
 def build_optimizer(
     name: OptimizerName,
     groups: Sequence[tuple[Sequence[nn.Parameter], float]],
@@ -25,9 +31,9 @@ def build_optimizer(
     8-bit states (bitsandbytes) take a quarter of the memory; tensors below 4096 elements keep
     float32 ones.
     """
+    check_optimizer(name)
     kind: Any = torch.optim.AdamW
     if name == "adamw8bit":
-        needs_bitsandbytes('training.optimizer "adamw8bit"')
         import bitsandbytes
 
         kind = bitsandbytes.optim.AdamW8bit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
@@ -9,8 +12,15 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_output_directory(path: str | Path, option: str) -> Path:
-    """`path`, if it is missing or an empty folder; the error names `option`."""
+    """`path`, if it is an empty folder or one can be made there; the error names `option`."""
     path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there != path and not there.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, but {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{option} is {str(path)!r}, but {there} cannot be written to; name another."
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {str(path)!r}, which is a file; name a folder.")
     if path.is_dir() and any(path.iterdir()):
@@ -22,3 +32,12 @@ def check_output_directory(path: str | Path, option: str) -> Path:
             f"name another one, or move this one away{resume}."
         )
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in here names `path`: the system does not say what a failing write was for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,25 @@ from .config import Config
 from .models.components import Components
 from .models.placement import placed
 from .models.roles import SharedUNet
-from .models.text import Condition
+from .models.text import LATENT_PX, Condition
+
+log = logging.getLogger(__name__)
 
 TEACHER_STEPS = 50
 """Steps of the teacher's own sampler (DDIM) where its images are made or shown."""
+PASS_PX, VAE_ROWS = 1024 * 1024, 16
+"""Most pixels that pass a network at once, and most pictures that pass the VAE: one of 1024x1024
+needs no more memory than a training step, and fills a GPU."""
+
+
+def rows_at_once(height_px: int, width_px: int) -> int:
+    """How many pictures of this size are sampled together."""
+    return max(1, PASS_PX // (height_px * width_px))
+
+
+def vae_rows(height_px: int, width_px: int) -> int:
+    """How many pictures of this size pass the VAE together."""
+    return min(VAE_ROWS, rows_at_once(height_px, width_px))
 
 
 def step_plan(config: Config) -> StepPlan:
@@ -53,7 +70,19 @@ def sample_latents(
     Image i starts from the noise of (seed, first_index + i) whatever the role and the plan, so
     networks can be compared side by side. `strength` 0 is deterministic DDIM (the teacher's
     sampler), 1 is DMD2; `guidance` above 1 calls the network for the unconditional branch as well.
+    Large pictures are drawn one after the other.
     """
+    _, _, height, width = condition.latent_shape()
+    rows = rows_at_once(LATENT_PX * height, LATENT_PX * width)
+    if len(condition) > rows:
+        parts = [
+            sample_latents(
+                unet, role, components, condition[first : first + rows], plan, seed=seed,
+                first_index=first_index + first, guidance=guidance, strength=strength,
+            )
+            for first in range(0, len(condition), rows)
+        ]  # fmt: skip
+        return torch.cat(parts)
     eps = initial_noise(condition.latent_shape(), seed, first_index=first_index)
     eps = eps.to(condition.hidden.device)
     unconditional = components.unconditional(condition)
@@ -70,23 +99,38 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_latents(components: Components, latents: Tensor, batch: int = 16) -> Tensor:
-    """Scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in [-1, 1]."""
+def decode_latents(components: Components, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in [-1, 1].
+
+    On the latents' device, or, where its memory does not suffice beside a training, on the CPU.
+    """
+    try:
+        return _decoded(components, latents)
+    except torch.OutOfMemoryError:
+        pass  # what failed is freed with the exception, here
+    log.info("the GPU has no room to decode pictures beside the training: the CPU does it")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _decoded(components, latents.cpu()).to(latents.device)
+
+
+def _decoded(components: Components, latents: Tensor) -> Tensor:
     vae = components.vae
-    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(batch)
+    rows = vae_rows(LATENT_PX * latents.shape[2], LATENT_PX * latents.shape[3])
+    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(rows)
     with placed(vae, latents.device):
         images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
     return images.float().clamp(-1, 1)
 
 
 @torch.no_grad()
-def encode_images(components: Components, images: Tensor, batch: int = 16) -> Tensor:
+def encode_images(components: Components, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, 4, H/8, W/8), float32.
 
     The posterior's mean, so that the same image always gives the same latent.
     """
     vae = components.vae
-    chunks = images.to(vae.dtype).split(batch)
+    chunks = images.to(vae.dtype).split(vae_rows(*images.shape[2:]))
     with placed(vae, images.device):
         latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
     return latents.float() * vae.config.scaling_factor

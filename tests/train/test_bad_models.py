@@ -44,6 +44,13 @@ def something_else(good: Path, tmp_path: Path) -> list[str]:
     return ["--model.path", str(tmp_path / "m.safetensors")]
 
 
+def another_shape(good: Path, tmp_path: Path) -> list[str]:
+    name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    tensors = {key: tensor.contiguous() for key, tensor in load_file(good).items()}
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, tmp_path / "m.safetensors")
+    return ["--model.path", str(tmp_path / "m.safetensors")]
+
+
 def a_folder(good: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "folder").mkdir()
     return ["--model.path", str(tmp_path / "folder")]
@@ -77,6 +84,7 @@ def foreign_lora(good: Path, tmp_path: Path) -> list[str]:
         (truncated, "is damaged, incomplete or not a safetensors file"),
         (pickle, "is a pickle"),
         (something_else, "is neither an SDXL nor an SD1.5 checkpoint"),
+        (another_shape, "structure (size mismatch for down_blocks.0.resnets.0.conv1.weight"),
         (a_folder, "is a folder without model_index.json"),
         (a_hub_id, "is not an existing path and cannot be had from huggingface.co"),
         (contradiction, 'model.prediction is "epsilon", but'),

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from train_lora.checkpoint_store import CheckpointStore, checkpoints, damage, newest_complete
+from train_lora.checkpoint_store import (
+    CheckpointStore,
+    checkpoints,
+    damage,
+    newest_complete,
+    write_text,
+)
 from train_lora.output import check_output_directory
 
 
@@ -146,12 +152,26 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_earlier_ones_stay(tmp_pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"\(File too large\); earlier ones are untouched"):
+        with pytest.raises(ValueError, match=r"\(File too large\); earlier .* train --resume"):
             save(tmp_path, 20, text="content" * 100)
+        with pytest.raises(ValueError, match=r"Mend that, then start again"):
+            save(tmp_path / "without", 20, text="content" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert content(tmp_path) == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000010"]
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            write_text(tmp_path / "config.toml", "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.filename == str(tmp_path / "config.toml")
+    assert not (tmp_path / "config.toml").exists()
 
 
 def test_a_used_folder_with_checkpoints_says_how_to_go_on(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -59,6 +61,7 @@ def failure(capsys, *argv: str) -> str:
         (["train", "--preset", "demo", "stray"], "'stray'"),
         (["train", "--preset", "demo", "--timesteps", "499,999"], "must descend"),
         (["train", "--preset", "demo", "--timesteps", "1000,1"], "at most 999"),
+        (["train", "--preset", "demo", "--timesteps", "0"], "at least 1"),
         (["train", "--preset", "demo", "--ablate", "gan"], "no-gan"),
         (["demo"], "--out"),
         (["demo", "--out", "x", "--seed", "-1"], "-1"),
@@ -66,6 +69,7 @@ def failure(capsys, *argv: str) -> str:
         (["teacher", "--out", "x", "--format", "ckpt"], "'ckpt'"),
         (["config"], "--show --keys"),
         (["config", "--keys", "--preset", "demo"], "--show"),
+        (["config", "--presets", "--seed", "1"], "--show"),
     ],
 )
 def test_mistakes_end_as_one_sentence(capsys, argv, message, tmp_path, monkeypatch):
@@ -95,8 +99,29 @@ def test_output_directories(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out is .*file', which is a file; name a folder"):
         check_output_directory(tmp_path / "file", "--out")
+    with pytest.raises(ValueError, match=r"--out is .*run', but .*file is a file; name a folder"):
+        check_output_directory(tmp_path / "file" / "deep" / "run", "--out")
     with pytest.raises(ValueError, match=r"--out is .* not empty; name another one"):
         check_output_directory(tmp_path, "--out")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match=r"but .* cannot be written to; name another"):
+        check_output_directory(tmp_path / "run", "--out")
+    tmp_path.chmod(0o700)
+
+
+def test_a_full_disk_is_named_with_what_to_do(capsys, tmp_path, stand_in):
+    def train(config):
+        raise OSError(errno.ENOSPC, "No space left on device", "run/lora.safetensors")
+
+    stand_in("train_lora.trainer.train", train)
+    argv = ["train", "--preset", "demo", "--directory", str(tmp_path / "run")]
+    sentence = failure(capsys, *argv)
+    assert "No space left on device: run/lora.safetensors. What was saved before is" in sentence
+    assert sentence.endswith("a training goes on with dmd2 train --resume RUNDIR.")
 
 
 def test_train_hands_the_configuration_over(capsys, tmp_path, stand_in):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +185,28 @@ def test_compiled_blocks_compute_the_same_in_every_role(shared_components, make_
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     block = unet.unet.mid_block.attentions[0].transformer_blocks[0]
     assert block._compiled_call_impl is not None
+
+
+@with_bitsandbytes
+def test_bitsandbytes_comes_without_download_and_without_complaint(tmp_path: Path) -> None:
+    """diffusers and peft import it unasked; on a CPU with bf16 instructions it then uses `kernels`
+    to fetch code from the hub, or complains that it cannot. The one here says when it is used."""
+    (tmp_path / "kernels.py").write_text("import sys\nprint('used', file=sys.stderr)\n")
+    code = (
+        "import sys\n"
+        "from train_lora.models.precision import import_bitsandbytes\n"
+        "import_bitsandbytes()\n"
+        "assert 'bitsandbytes' in sys.modules\n"
+        "print('imported', file=sys.stderr)\n"
+        "import kernels\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["imported", "used"]

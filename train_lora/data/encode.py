@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..models.components import Components
 from ..models.text import Condition, encode_prompts
-from ..sampling import encode_images
+from ..sampling import encode_images, vae_rows
 from .images import Pixels, fit
 from .samples import BadSampleError, Sample
 from .sizes import Size
@@ -27,8 +27,6 @@ from .sizes import Size
 UNIT_PICTURES, UNIT_PROMPTS = 64, 256
 T = TypeVar("T")
 DECODERS = 4
-VAE_BATCH_PX, VAE_BATCH = 1024 * 1024, 16
-"""Most pixels and pictures that pass the VAE at once: one of 1024x1024, or 16 of 256x256."""
 
 PROMPTS = "prompts"
 """The part that captions without pictures are in; the parts of pictures are named by size."""
@@ -78,8 +76,8 @@ def encode_captions(
 
 
 def text_columns(condition: Condition) -> dict[str, Tensor]:
-    """What is kept of a condition; its size ids follow the batch."""
-    return {"hidden": condition.hidden, "pooled": condition.pooled}
+    """What is kept of a condition, off the GPU; its size ids follow the batch."""
+    return {"hidden": condition.hidden.cpu(), "pooled": condition.pooled.cpu()}
 
 
 def prompt_units(components: Components, captions: Sequence[str], px: int) -> Iterator[Unit]:
@@ -154,7 +152,7 @@ class _Bucket:
 
     def __init__(self, components: Components, size: Size) -> None:
         self.components = components
-        self.batch = max(1, min(VAE_BATCH, VAE_BATCH_PX // size.area_px))
+        self.batch = vae_rows(size.height_px, size.width_px)
         self.waiting: list[Pixels] = []
         self.latents: list[Tensor] = []
         self.ids: list[tuple[int, ...]] = []
@@ -170,7 +168,7 @@ class _Bucket:
     def _encode(self) -> None:
         images = torch.stack([pixels.scaled() for pixels in self.waiting])
         device = self.components.vae.device
-        self.latents.append(encode_images(self.components, images.to(device), self.batch).cpu())
+        self.latents.append(encode_images(self.components, images.to(device)).cpu())
         self.waiting.clear()
 
     def part(self) -> Part:

@@ -64,4 +64,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """The line that says something: torch puts a heading above what does not fit."""
+    lines = str(error).strip().split("\n")
+    return lines[1 if lines[0].endswith(":") and lines[1:] else 0].strip()

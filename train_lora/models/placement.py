@@ -38,8 +38,8 @@ def release_encoders(components: Components, *, text: bool) -> None:
 def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
     """`network` on `device` inside the block, and where it was again after it."""
     before = next(network.parameters()).device
-    network.to(device)
     try:
+        network.to(device)
         yield
     finally:
         network.to(before)

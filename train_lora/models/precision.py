@@ -7,6 +7,8 @@ numbers, are float32 everywhere. All but float32 are for storage: passes run und
 
 from __future__ import annotations
 
+import logging
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +60,26 @@ def needs_bitsandbytes(what: str) -> None:
             f"{what} needs the library bitsandbytes, which is not installed: "
             "pip install '.[bitsandbytes]' -c constraints.txt"
         )
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, if it is there, before diffusers and peft do, which they always do.
+
+    On CPUs with bf16 instructions that import downloads a compiled kernel from the hub, or, without
+    the library `kernels`, complains that it cannot. Nobody asked for either: its own code will do.
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    loader, complaint = "kernels", logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, was_disabled = sys.modules.get(loader), complaint.disabled
+    sys.modules[loader], complaint.disabled = None, True  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        complaint.disabled = was_disabled
+        del sys.modules[loader]
+        if before is not None:
+            sys.modules[loader] = before
 
 
 def set_precision(unet: UNet2DConditionModel, precision: Precision) -> UNet2DConditionModel:

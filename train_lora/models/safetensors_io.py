@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..output import writing
+
 _TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -67,7 +69,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file whole or not at all; equal content gives equal bytes. Replaces `path`."""
+    """Write the file whole or not at all; equal content gives equal bytes. Replaces `path`.
+
+    OSError with the path where the system refuses, for one when the disk is full.
+    """
     path = Path(path)
     names = _in_file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -85,7 +90,7 @@ def write_safetensors(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open("wb") as file:
+        with writing(path), partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 file.write(tensor_bytes(tensors[name]))

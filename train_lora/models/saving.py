@@ -27,6 +27,8 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
 
     It appears whole or not at all; an existing folder must be empty.
     """
+    from safetensors import SafetensorError
+
     assert not getattr(components.unet, "peft_config", None), "save before adding adapters"
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -34,7 +36,12 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
     pipeline = _pipeline(components)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        pipeline.save_pretrained(Path(temporary) / "model")
+        try:
+            pipeline.save_pretrained(Path(temporary) / "model")
+        except SafetensorError as error:  # what the system refuses, a full disk for one
+            raise ValueError(
+                f"{path} cannot be written ({error}): make room, or name another folder"
+            ) from error
         if path.exists():
             path.rmdir()
         (Path(temporary) / "model").rename(path)
