@@ -24,6 +24,7 @@ from .models.roles import STUDENT, SharedUNet
 from .models.text import Condition
 from .pictures import jpeg_data_url
 from .sampling import decode_latents, sample_latents, step_plan
+from .sharding import whole_network
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,11 @@ def export_student(
     iterations: int,
     pictured: Condition | None,
     overwrite: bool = False,
+    writes: bool = True,
 ) -> list[Path]:
     """Write the student as `unet` holds it: a LoRA at `path`; returns what was written.
+
+    `writes`: in one process; the others of a sharded student give it their parts.
 
     Full weights become a checkpoint at `whole` (float16) and, by a singular value decomposition of
     their difference from the base, the LoRA of rank `student.rank`.
@@ -89,13 +93,15 @@ def export_student(
     recipe = recipe_of(config, components, iterations)
     picture = None if pictured is None else thumbnail(config, components, unet, pictured)
     side_px, names = config.data.resolution_px, config.export.names
-    if not is_full:
+    student = whole_network(unet.network_of(STUDENT)) if is_full else None
+    if not writes:
+        return []
+    if student is None:
         export_lora(
             unet, STUDENT, path, recipe,
             names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
         )  # fmt: skip
         return files
-    student = unet.network_of(STUDENT)
     _write_checkpoint(
         replace(components, unet=student), whole, recipe, side_px, picture, overwrite=overwrite
     )

@@ -12,6 +12,7 @@ from .config import Config
 from .models.components import Components
 from .models.precision import DTYPES, Precision, check_precision
 from .models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
+from .sharding import shard_copies
 
 if TYPE_CHECKING:
     from dmd2_core import Recipe
@@ -93,7 +94,10 @@ def build_unet(
 def build_trainable_unet(
     config: Config, components: Components, device: torch.device, *, warm: bool
 ) -> SharedUNet:
-    """`build_unet` as training runs it; `warm`: from `student.init`, where there is one."""
+    """`build_unet` as training runs it; `warm`: from `student.init`, where there is one.
+
+    With several processes full copies are sharded, and this process's part is on `device` already.
+    """
     unet = build_unet(config, components, device)
     if warm and config.student.init is not None:
         warm_start(unet, config.student.init, components)
@@ -101,6 +105,7 @@ def build_trainable_unet(
         unet.enable_gradient_checkpointing()
     if config.training.compile:
         unet.compile_blocks()
+    shard_copies(unet, device)
     return unet
 
 
