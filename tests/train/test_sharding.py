@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from train_lora.checkpoint import read_state, restore
-from train_lora.loop import Trainer
 from train_lora.sharding import clip_gradients
 
 from .launching import LAUNCHER, PAIR, PATIENCE_SECONDS, finish, started, wait_for, workers_of
@@ -39,34 +38,38 @@ def seen(pair: Path) -> list[dict[str, Any]]:
     return [json.loads((pair / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, list[float]]:
-    """One process, two micro-batches of 2; its run, after one iteration, and the norms."""
-    folder = tmp_path_factory.mktemp("alone")
-    trainer = full_trainer(folder, batch_size=2)
-    return folder, trainer, iterate(trainer, 1)
-
-
 def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "checkpoints" / "000001" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("role", ["student", "critic"])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "tolerance"),
+    # Data and noise are the same bit for bit, and the same passes give the same gradient but for
+    # the order of sums. Passes with other batches round otherwise, also within one process: 5e-5
+    # of the student's gradient, which is a small difference between teacher and critic.
+    [(1, 4, 1e-6), (4, 1, 2e-4)],
+)
 def test_two_processes_with_half_the_batch_make_the_same_update(
-    pair: Path, seen: list[dict[str, Any]], alone: tuple[Path, Trainer, list[float]], role: str
+    pair: Path,
+    seen: list[dict[str, Any]],
+    tmp_path: Path,
+    batch_size: int,
+    accumulated: int,
+    tolerance: float,
 ) -> None:
     assert [result["processes"] for result in seen] == [2, 2]
     assert seen[0]["norms"] == seen[1]["norms"]
-    # Data and noise are the same bit for bit; only the order of float32 sums differs.
-    assert seen[0]["norms"][:2] == pytest.approx(alone[2], rel=1e-5)
-    # After one update Adam's mean is a tenth of the gradient that it was given.
-    one, two = (tensors(folder, f"{role}_optimizer") for folder in (alone[0], pair))
-    assert {name: t.shape for name, t in one.items()} == {n: t.shape for n, t in two.items()}
-    a, b = (
-        torch.cat([t.flatten() for n, t in sorted(part.items()) if n.endswith(".exp_avg")])
-        for part in (one, two)
-    )
-    assert (a - b).norm() < 1e-5 * a.norm()
+    norms = iterate(full_trainer(tmp_path, batch_size, accumulated), 1)
+    assert seen[0]["norms"][:2] == pytest.approx(norms, rel=tolerance)
+    for role in ("student", "critic"):
+        one, two = (tensors(folder, f"{role}_optimizer") for folder in (tmp_path, pair))
+        assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in two.items()}
+        # After one update Adam's mean is a tenth of the gradient that it was given.
+        a, b = (
+            torch.cat([t.flatten() for n, t in sorted(part.items()) if n.endswith(".exp_avg")])
+            for part in (one, two)
+        )
+        assert (a - b).norm() < tolerance * a.norm(), role
 
 
 def test_each_process_holds_half_of_the_weights(seen: list[dict[str, Any]]) -> None:
@@ -76,13 +79,13 @@ def test_each_process_holds_half_of_the_weights(seen: list[dict[str, Any]]) -> N
 
 
 def test_a_resumed_pair_has_the_same_bits(seen: list[dict[str, Any]]) -> None:
-    assert [result["resumed_equal"] for result in seen] == [True, True]
+    assert [result["different_when_resumed"] for result in seen] == [[], []]
 
 
 def test_one_process_goes_on_from_two_and_exports_the_same_files(
-    pair: Path, alone: tuple[Path, Trainer, list[float]], tmp_path: Path
+    pair: Path, tmp_path: Path
 ) -> None:
-    _, trainer, _ = alone
+    trainer = full_trainer(tmp_path, 4, 1)
     checkpoint = pair / "run" / "checkpoints" / "000004"
     restore(trainer, checkpoint, read_state(checkpoint))
     trainer.export(tmp_path / "lora.safetensors")
@@ -94,7 +97,7 @@ def test_one_process_goes_on_from_two_and_exports_the_same_files(
 
 def test_what_is_not_finite_in_one_process_is_skipped_by_both(seen: list[dict[str, Any]]) -> None:
     assert [result["skipped"] for result in seen] == [1, 1]
-    assert [result["unchanged"] for result in seen] == [True, True]
+    assert [result["changed_by_skipped"] for result in seen] == [[], []]
 
 
 def test_eight_bit_states_are_refused(seen: list[dict[str, Any]]) -> None:
