@@ -14,6 +14,7 @@ import torch
 from dmd2_core import Recipe
 
 from .config import Config
+from .config_load import ineffective_keys
 from .data.training_data import encode_captions
 from .export import export_lora, write_lora
 from .extract import extract_lora
@@ -33,15 +34,22 @@ THUMBNAIL_PX = 256
 
 
 def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
-    """How to sample with the student, and how it was made, in so many iterations."""
-    plan, settings = step_plan(config), config.recipe_settings()
+    """How to sample with the student, and how it was made, in so many iterations.
+
+    Keys without effect are left out: the config.toml that a run is resumed from does not hold them.
+    """
+    plan, settings, idle = step_plan(config), config.recipe_settings(), ineffective_keys(config)
+    for section, name in (key.split(".") for key in idle):
+        settings.get(section, {}).pop(name, None)
     settings["training"]["iterations"] = iterations
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
-        teacher_guidance=config.distribution_matching.guidance,
+        teacher_guidance=None
+        if "distribution_matching.guidance" in idle
+        else config.distribution_matching.guidance,
         lora_rank=config.student.rank,
         lora_alpha=config.student.alpha,
         base_model=components.name,

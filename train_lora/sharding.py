@@ -37,13 +37,17 @@ def check_sharding(config: Config) -> None:
             'together in a checkpoint; set it to "adamw" (each process holds only a part of the '
             f'states), or {full[0]}.kind to "lora".'
         )
+    if config.training.compile:
+        raise ValueError(
+            f"training.compile is true, but {what}, whose blocks are gathered as they are reached, "
+            f'which was never tried compiled; set it to false, or {full[0]}.kind to "lora".'
+        )
 
 
 def shard_copies(unet: SharedUNet, device: torch.device) -> None:
     """Leave this process its part of each full copy, on `device`; nothing for one process.
 
-    After gradient checkpointing and compilation were chosen, before anything keeps a parameter:
-    they are replaced. Every process holds the same weights before.
+    Before anything keeps a parameter: they are replaced. Every process holds the same weights.
     """
     if not several() or not unet.copies:
         return

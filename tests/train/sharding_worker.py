@@ -61,10 +61,10 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def refusal() -> str:
+def refusal(**changes: str) -> str:
     settings = {key: value for key, value in (SMALL | FULL).items() if value is not None}
     try:
-        check_sharding(demo_config(Path("run"), training__optimizer="adamw8bit", **settings))
+        check_sharding(demo_config(Path("run"), **settings, **changes))
     except ValueError as error:
         return str(error)
     return ""
@@ -78,7 +78,11 @@ def main(folder: Path) -> None:
         "processes": trainer.accelerator.num_processes,
         "elements_held": sum(local(p).numel() for p in parameters),
         "elements": sum(p.numel() for p in parameters),
-        "refusal": refusal(),
+        "refusals": [
+            refusal(training__optimizer="adamw8bit"),
+            refusal(training__compile="true"),
+            refusal(),
+        ],
         "norms": iterate(trainer, 1) + iterate(trainer, 1) + iterate(trainer, 2),
     }
     trainer.export(folder / "run" / "lora.safetensors")

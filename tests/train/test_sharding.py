@@ -100,9 +100,12 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_both(seen: list[dict[st
     assert [result["changed_by_skipped"] for result in seen] == [[], []]
 
 
-def test_eight_bit_states_are_refused(seen: list[dict[str, Any]]) -> None:
-    assert 'training.optimizer is "adamw8bit", but student.kind is "full"' in seen[0]["refusal"]
-    assert "there are 2 processes" in seen[0]["refusal"]
+def test_what_cannot_be_sharded_is_refused(seen: list[dict[str, Any]]) -> None:
+    of_states, of_compilation, without = seen[0]["refusals"]
+    full = 'but student.kind is "full" and there are 2 processes'
+    assert f'training.optimizer is "adamw8bit", {full}' in of_states
+    assert f"training.compile is true, {full}" in of_compilation
+    assert without == ""
 
 
 def test_gradients_are_clipped_as_torch_does() -> None:
