@@ -1,4 +1,4 @@
-"""Exponential moving average of the student's adapter: the weights that are exported."""
+"""Exponential moving average of the student's weights: what is exported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from .sharding import local
 
 
 class WeightAverage:
@@ -25,7 +27,8 @@ class WeightAverage:
     def update(self) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.averages, list(self.parameters), 1 - decay)
+        own = [local(p.detach()) for p in self.parameters]
+        torch._foreach_lerp_([local(a) for a in self.averages], own, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -42,6 +45,7 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, average in zip(self.parameters, self.averages, strict=True):
-            own = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(own)
+            mine, its = local(parameter.detach()), local(average)
+            own = mine.clone()
+            mine.copy_(its)
+            its.copy_(own)

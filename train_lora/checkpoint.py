@@ -25,6 +25,7 @@ from .checkpoint_store import write_text
 from .config import SECTIONS, Config, show_value
 from .config_load import from_dict, ineffective_keys, value_of
 from .models.safetensors_io import read_safetensors, write_safetensors
+from .sharding import place_whole, shards_like, to_main
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -48,7 +49,7 @@ MOVABLE = ("model.path", "data.prompts", "data.real_images", "data.cache")
 
 
 def tensors_of(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """File name -> tensors, sharing memory with the training."""
+    """File name -> tensors, sharing memory with the training; some of them may be sharded."""
     average = trainer.average.averages
     return {
         STUDENT_WEIGHTS: dict(zip(trainer.student.names, trainer.student.parameters, strict=True)),
@@ -64,9 +65,13 @@ def num_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], to: Path) -> None:
-    """The files of a checkpoint, in an existing folder."""
+    """The files of a checkpoint, in an existing folder, by the main process.
+
+    Meanwhile the others `hand_over` the same tensors: the files are the same for any number of
+    processes.
+    """
     for name, part in tensors.items():
-        write_safetensors(to / f"{name}.safetensors", part, {"format": "pt"})
+        write_safetensors(to / f"{name}.safetensors", to_main(part), {"format": "pt"})
     state = {
         "iteration": trainer.iteration,
         "seconds_training": trainer.seconds_training,
@@ -79,6 +84,12 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "versions": _versions(),
     }
     write_text(to / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def hand_over(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """This process's shards to the main one, part by part as that writes them."""
+    for part in tensors.values():
+        to_main(part)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -184,11 +195,14 @@ def optimizer_state(update: Update) -> tuple[dict[str, Tensor], dict[str, float]
 def _restore_optimizer(update: Update, path: Path, numbers: Mapping[str, float]) -> None:
     """Through the optimizer's own `load_state_dict`, which knows each value's device and type."""
     index = {name: position for position, name in enumerate(update.names)}
+    parameters = dict(zip(update.names, update.parameters, strict=True))
     state: dict[int, dict[str, Any]] = {}
     for full, value in (*read_safetensors(path)[0].items(), *numbers.items()):
         name, _, key = full.rpartition(".")
         if name not in index:
             raise ValueError(f"{path} has a state for {name}, which this run does not train.")
+        if isinstance(value, Tensor):
+            value = shards_like(parameters[name], value)
         state.setdefault(index[name], {})[key] = value
     groups = update.optimizer.state_dict()["param_groups"]
     update.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -206,7 +220,7 @@ def _copy(path: Path, names: Sequence[str], into: Sequence[Tensor]) -> None:
             "continue with the program version and settings that wrote it."
         )
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        place_whole(tensors[name], tensor)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Several processes training one model: plain data parallel with one flat gradient reduction."""
+"""Several processes that train one model: who they are, and what they exchange."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     under checkpointing and accumulation, where one DDP wrapper is silently wrong, and 50 times
     faster than one reduction per tensor.
     """
-    if not _several():
+    if not several() or not parameters:
         return
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([piece.float().flatten() for piece in pieces])
-    with _reaching_the_others():
+    with reaching_the_others():
         dist.all_reduce(flat)
     flat /= dist.get_world_size()
     averaged: tuple[Tensor, ...] = flat.split([p.numel() for p in parameters])
@@ -59,20 +59,20 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 def largest(number: int, device: torch.device) -> int:
     """The largest `number` of all processes, so that they decide alike."""
-    if not _several():
+    if not several():
         return number
     shared = torch.tensor(number, device=device)
-    with _reaching_the_others():
+    with reaching_the_others():
         dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
 
 
 def total(numbers: Tensor) -> Tensor:
     """The sum over all processes, element by element; `numbers` itself where there is one."""
-    if not _several():
+    if not several():
         return numbers
     shared = numbers.clone()
-    with _reaching_the_others():
+    with reaching_the_others():
         dist.all_reduce(shared)
     return shared
 
@@ -88,21 +88,37 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether there are other processes."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
-def _reaching_the_others() -> Iterator[None]:
+def reaching_the_others() -> Iterator[None]:
     """A process that died shows as a failing exchange: one sentence instead of a backend's."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
-        raise ConnectionError(
-            f"Process {dist.get_rank()} lost the other processes of this run, one of which has "
-            f"ended or cannot be reached; what it said last tells why ({reason}). "
-            "Saved checkpoints are untouched: go on with dmd2 train --resume RUNDIR."
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def telling_of_lost_processes() -> Iterator[None]:
+    """The same around work that exchanges where it likes, as sharded networks do in each pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not several() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> ConnectionError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+    return ConnectionError(
+        f"Process {dist.get_rank()} lost the other processes of this run, one of which has "
+        f"ended or cannot be reached; what it said last tells why ({reason}). "
+        "Saved checkpoints are untouched: go on with dmd2 train --resume RUNDIR."
+    )

@@ -14,6 +14,7 @@ import torch
 from dmd2_core import Recipe
 
 from .config import Config
+from .config_load import ineffective_keys
 from .data.training_data import encode_captions
 from .export import export_lora, write_lora
 from .extract import extract_lora
@@ -24,6 +25,7 @@ from .models.roles import STUDENT, SharedUNet
 from .models.text import Condition
 from .pictures import jpeg_data_url
 from .sampling import decode_latents, sample_latents, step_plan
+from .sharding import whole_network
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +34,22 @@ THUMBNAIL_PX = 256
 
 
 def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
-    """How to sample with the student, and how it was made, in so many iterations."""
-    plan, settings = step_plan(config), config.recipe_settings()
+    """How to sample with the student, and how it was made, in so many iterations.
+
+    Keys without effect are left out: the config.toml that a run is resumed from does not hold them.
+    """
+    plan, settings, idle = step_plan(config), config.recipe_settings(), ineffective_keys(config)
+    for section, name in (key.split(".") for key in idle):
+        settings.get(section, {}).pop(name, None)
     settings["training"]["iterations"] = iterations
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
-        teacher_guidance=config.distribution_matching.guidance,
+        teacher_guidance=None
+        if "distribution_matching.guidance" in idle
+        else config.distribution_matching.guidance,
         lora_rank=config.student.rank,
         lora_alpha=config.student.alpha,
         base_model=components.name,
@@ -75,8 +84,11 @@ def export_student(
     iterations: int,
     pictured: Condition | None,
     overwrite: bool = False,
+    writes: bool = True,
 ) -> list[Path]:
     """Write the student as `unet` holds it: a LoRA at `path`; returns what was written.
+
+    `writes`: in one process; the others of a sharded student give it their parts.
 
     Full weights become a checkpoint at `whole` (float16) and, by a singular value decomposition of
     their difference from the base, the LoRA of rank `student.rank`.
@@ -89,13 +101,15 @@ def export_student(
     recipe = recipe_of(config, components, iterations)
     picture = None if pictured is None else thumbnail(config, components, unet, pictured)
     side_px, names = config.data.resolution_px, config.export.names
-    if not is_full:
+    student = whole_network(unet.network_of(STUDENT)) if is_full else None
+    if not writes:
+        return []
+    if student is None:
         export_lora(
             unet, STUDENT, path, recipe,
             names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
         )  # fmt: skip
         return files
-    student = unet.network_of(STUDENT)
     _write_checkpoint(
         replace(components, unet=student), whole, recipe, side_px, picture, overwrite=overwrite
     )

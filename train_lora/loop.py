@@ -16,7 +16,7 @@ from dmd2_core import derived_generator, derived_seed
 
 from .average import WeightAverage
 from .best import Best, protected_checkpoints
-from .checkpoint import num_bytes, tensors_of, write_state
+from .checkpoint import hand_over, num_bytes, tensors_of, write_state
 from .checkpoint_store import CheckpointStore
 from .config import Config
 from .data.training_data import TrainingData
@@ -167,17 +167,25 @@ class Trainer:
         at_end = self.iteration == self.config.training.iterations
         return at_end or (every > 0 and self.iteration % every == 0)
 
+    @property
+    def _draws(self) -> bool:
+        """Whether this process has a part in making pictures: all have where weights are sharded,
+        else the main one alone."""
+        return self.accelerator.is_main_process or self.distiller.unet.needs_all_processes
+
     def save(self) -> None:
-        """A checkpoint of the iterations done, by the main process; all wait for it."""
+        """A checkpoint of the iterations done, by the main process; all call it and wait."""
         if self.iteration == self.saved_iteration:
             return
+        tensors = tensors_of(self)
         if self.accelerator.is_main_process:
-            tensors = tensors_of(self)
             self.checkpoints.write(
                 self.iteration,
                 num_bytes(tensors),
                 lambda folder: write_state(self, tensors, folder),
             )
+        else:
+            hand_over(tensors)
         self.saved_iteration = self.iteration
         wait_for_all(self.accelerator.device)
 
@@ -267,7 +275,9 @@ class Trainer:
         )
 
     def export(self, path: Path) -> None:
-        """Write the averaged student with its recipe; replaces the run's own files."""
+        """Write the averaged student with its recipe; replaces the run's own files. All call it."""
+        if not self._draws:
+            return
         with self.average.applied():
             export_student(
                 self.config,
@@ -278,6 +288,7 @@ class Trainer:
                 iterations=self.iteration,
                 pictured=self.pictured,
                 overwrite=True,
+                writes=self.accelerator.is_main_process,
             )
 
 

@@ -13,6 +13,7 @@ from .models.components import Components
 from .models.precision import DTYPES, Precision, check_precision, import_bitsandbytes
 from .models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
 from .optimizer import check_optimizer
+from .sharding import shard_copies
 
 if TYPE_CHECKING:
     from dmd2_core import Recipe
@@ -95,7 +96,10 @@ def build_unet(
 def build_trainable_unet(
     config: Config, components: Components, device: torch.device, *, warm: bool
 ) -> SharedUNet:
-    """`build_unet` as training runs it; `warm`: from `student.init`, where there is one."""
+    """`build_unet` as training runs it; `warm`: from `student.init`, where there is one.
+
+    With several processes full copies are sharded, and this process's part is on `device` already.
+    """
     check_optimizer(config.training.optimizer)
     unet = build_unet(config, components, device)
     if warm and config.student.init is not None:
@@ -104,6 +108,7 @@ def build_trainable_unet(
         unet.enable_gradient_checkpointing()
     if config.training.compile:
         unet.compile_blocks()
+    shard_copies(unet, device)
     return unet
 
 

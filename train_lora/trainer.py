@@ -17,7 +17,13 @@ from .config import Config
 from .config_text import to_toml
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
-from .distributed import join_processes, largest, leave_processes, wait_for_all
+from .distributed import (
+    join_processes,
+    largest,
+    leave_processes,
+    telling_of_lost_processes,
+    wait_for_all,
+)
 from .loop import HEAD_STREAM, Trainer
 from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
@@ -26,6 +32,7 @@ from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
 from .sampling import step_plan
+from .sharding import check_sharding
 from .trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -82,7 +89,9 @@ def resume(config: Config) -> TrainResult:
     return _train(config, accelerator, checkpoint)
 
 
+@telling_of_lost_processes()
 def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
+    check_sharding(config)
     directory = Path(config.output.directory)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
@@ -108,8 +117,7 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
         *(config.training.batch_size, config.training.gradient_accumulation_steps),
     )
     trainer.run()
-    if accelerator.is_main_process:
-        trainer.export(directory / LORA_FILE)
+    trainer.export(directory / LORA_FILE)
     wait_for_all(accelerator.device)
     leave_processes()
     return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .distributed import average_gradients, largest
+from .sharding import clip_gradients, is_sharded
 
 
 @dataclass(slots=True)
@@ -43,10 +44,8 @@ class Update:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad /= num_accumulated
-        average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters, self.max_grad_norm, error_if_nonfinite=False
-        )
+        average_gradients([p for p in self.parameters if not is_sharded(p)])
+        norm = clip_gradients(self.parameters, self.max_grad_norm)
         broken = not (losses_finite and bool(norm.isfinite()))
         if largest(int(broken), norm.device):
             self.num_skipped += 1

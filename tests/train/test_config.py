@@ -365,6 +365,21 @@ def test_every_key_is_documented_and_listed():
             assert f"  --{section}.{item.name}\n" in reference
 
 
+def test_a_recipe_is_the_same_after_a_run_was_resumed(tmp_path):
+    """From its config.toml, which does not hold what had no effect."""
+    from train_lora.finish import recipe_of
+
+    from .tiny import random_components
+
+    for ablation in ("no-gan", "no-distribution-matching"):
+        config = load(preset="demo", overrides=[("student.kind", "full")], ablations=[ablation])
+        (tmp_path / "config.toml").write_text(config_text.to_toml(config.config))
+        again = load(file=tmp_path / "config.toml").config
+        recipes = [recipe_of(c, random_components(), 5) for c in (config.config, again)]
+        assert recipes[0] == recipes[1]
+        assert "alpha" not in recipes[0].trained_with["student"]
+
+
 def test_recipe_settings_do_not_depend_on_folders():
     here = load(preset="demo", overrides=[("model.path", "/a/base"), ("directory", "x")]).config
     there = load(preset="demo", overrides=[("model.path", "b/base"), ("directory", "y")]).config

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import TARGETS, LoraSpec, add_adapter, initialise, lora_layers
+from .passes import Added, Passes
 from .precision import Precision, set_precision
 from .text import Condition
 
@@ -65,12 +66,15 @@ class SharedUNet(nn.Module):
         assert TEACHER not in roles
         assert not getattr(unet, "peft_config", None), "a UNet is shared once"
         full = [role for role, spec in roles.items() if isinstance(spec, FullSpec)]
-        self.copies = nn.ModuleDict(
-            {role: copy.deepcopy(unet).float().requires_grad_(True) for role in full}
-        )
+        copies = {role: copy.deepcopy(unet).float().requires_grad_(True) for role in full}
         unet.requires_grad_(False)
-        self.unet = unet if precision is None else set_precision(unet, precision)
+        base = unet if precision is None else set_precision(unet, precision)
+        self.passes = nn.ModuleDict(
+            {role: Passes(network) for role, network in {TEACHER: base, **copies}.items()}
+        )
         self.adapters = {r: spec for r, spec in roles.items() if isinstance(spec, LoraSpec)}
+        self.needs_all_processes = False
+        """Whether copies are sharded, so that every process must take part in their passes."""
         self._autocast_dtype = autocast
         with torch.random.fork_rng(devices=[]):  # peft draws weights of its own first
             for role, spec in self.adapters.items():
@@ -95,9 +99,21 @@ class SharedUNet(nn.Module):
 
     def network_of(self, role: str) -> UNet2DConditionModel:
         """The network that runs in this role: its copy, or the shared base."""
-        if role not in self.copies:
-            return self.unet
-        return self.copies[role]  # type: ignore[return-value]
+        return self.passes_of(role).unet
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The shared base."""
+        return self.passes_of(TEACHER).unet
+
+    @property
+    def copies(self) -> dict[str, UNet2DConditionModel]:
+        """Role -> its copy, for the roles that have one."""
+        return {role: self.passes_of(role).unet for role in self.passes if role != TEACHER}
+
+    def passes_of(self, role: str) -> Passes:
+        """What runs in this role: its copy, or the shared base."""
+        return self.passes[role if role in self.passes else TEACHER]  # type: ignore[return-value]
 
     @property
     def modules_with_adapter(self) -> list[str]:
@@ -127,41 +143,22 @@ class SharedUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
-        unet = self.network_of(self._role)
-        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
-        hidden, added = _inputs(condition, dtype)
-        with self._autocast(x_t):
-            output = unet(
-                x_t.to(dtype),
-                t,
-                encoder_hidden_states=hidden,
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return output.to(x_t.dtype)
+        return self._run(self.passes_of(self._role), x_t, t, condition)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The middle block's output (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
 
         SDXL at 1024 px: 1280 channels at 32x32.
         """
-        unet = self.network_of(self._role)
-        dtype = self._autocast_dtype or unet.conv_in.weight.dtype
+        return self._run(self.passes_of(self._role).features, x_t, t, condition)
+
+    def _run(
+        self, network: Callable[..., Tensor], x_t: Tensor, t: Tensor, condition: Condition
+    ) -> Tensor:
+        dtype = self._autocast_dtype or self.network_of(self._role).conv_in.weight.dtype
         hidden, added = _inputs(condition, dtype)
-        sample = x_t.to(dtype)
         with self._autocast(x_t):
-            embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
-            if added is not None:
-                embedding = embedding + unet.get_aug_embed(
-                    emb=embedding, encoder_hidden_states=hidden, added_cond_kwargs=added
-                )
-            sample = unet.conv_in(sample)
-            for block in (*unet.down_blocks, unet.mid_block):
-                attends = getattr(block, "has_cross_attention", False)
-                context = {"encoder_hidden_states": hidden} if attends else {}
-                output = block(hidden_states=sample, temb=embedding, **context)
-                sample = output if isinstance(output, Tensor) else output[0]
-        return sample.to(x_t.dtype)
+            return network(x_t.to(dtype), t, hidden, added).to(x_t.dtype)
 
     @property
     def feature_channels(self) -> int:
@@ -274,7 +271,7 @@ class RoleScope:
         self._shared._activate(self._previous.pop())
 
 
-def _inputs(condition: Condition, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor] | None]:
+def _inputs(condition: Condition, dtype: torch.dtype) -> tuple[Tensor, Added]:
     """Hidden states, and SDXL's pooled vector with the size ids (those stay float32)."""
     hidden = condition.hidden.to(dtype)
     if condition.pooled.shape[1] == 0:
