@@ -20,16 +20,13 @@ from dmd2_core import StepPlan
 
 from .average import WeightAverage
 from .config import Config
-from .data.encode import VAE_BATCH, VAE_BATCH_PX
 from .data.training_data import encode_captions
 from .distill import Distiller
 from .distributed import largest
 from .metrics.diversity import diversity
 from .metrics.looks import energy_distance, looks, ratio, statistics_distance, thumbnails
-from .models.placement import placed
 from .models.roles import STUDENT, TEACHER
 from .models.safetensors_io import read_safetensors, write_safetensors
-from .models.text import LATENT_PX
 from .panels import COLUMNS, panel_rows
 from .pictures import labelled_grid
 from .sampling import TEACHER_STEPS, decode_latents, sample_latents
@@ -156,28 +153,17 @@ class Validation:
         return tensors["latents"] if metadata.get("made_for") == self.stamp else None
 
     def _draw(self, role: str, plan: StepPlan, **options: float) -> Tensor:
-        """Latents (P * S, 4, H/8, W/8) on the CPU, in batches that training has room for."""
-        chunk, seed = self.config.training.batch_size, self.config.validation.seed
-        parts = []
-        for first in range(0, len(self.condition), chunk):
-            latents = sample_latents(
-                self.distiller.unet, role, self.distiller.components,
-                self.condition[first : first + chunk], plan,
-                seed=seed, first_index=first, **options,
-            )  # fmt: skip
-            parts.append(latents.cpu())
-        return torch.cat(parts)
+        """Latents (P * S, 4, H/8, W/8) on the CPU."""
+        latents = sample_latents(
+            self.distiller.unet, role, self.distiller.components, self.condition, plan,
+            seed=self.config.validation.seed, **options,
+        )  # fmt: skip
+        return latents.cpu()
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] on the CPU; few at a time where they are large."""
-        components, device = self.distiller.components, self.condition.hidden.device
-        area_px = latents.shape[2] * latents.shape[3] * LATENT_PX**2
-        batch = max(1, min(VAE_BATCH, VAE_BATCH_PX // area_px))
-        parts = []
-        with placed(components.vae, device):
-            for part in latents.split(batch):
-                parts.append(decode_latents(components, part.to(device), batch).cpu())
-        return torch.cat(parts)
+        """Images (N, 3, H, W) in [-1, 1] on the CPU."""
+        device = self.condition.hidden.device
+        return decode_latents(self.distiller.components, latents.to(device)).cpu()
 
     def _measured(self, latents: Tensor) -> _Drawn:
         images = self._decoded(latents)
