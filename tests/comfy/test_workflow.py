@@ -105,8 +105,8 @@ def test_the_trainers_lora_paints_what_the_prompts_say(
         [report] = [text for out in run.outputs.values() for text in out.get("text", ())]
         assert f"{model.num_modules} of {model.num_modules} modules applied" in report
         hits.append(recognised(classifier, pictures * 2 - 1, scenes.labels([scene] * 2)))
-    # The student's share over many pictures is 0.88 (chance: 0.25); 58 attributes scatter by 0.04.
-    assert torch.cat(hits).nanmean().item() >= 0.75
+    # The student's share over many pictures is 0.96 (chance: 0.25); 58 attributes scatter by 0.03.
+    assert torch.cat(hits).nanmean().item() >= 0.88
 
 
 def test_the_latent_is_dmd2_cores(server: ComfyServer, model: TinyModel) -> None:
