@@ -36,7 +36,8 @@ THUMBNAIL_PX = 256
 def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
     """How to sample with the student, and how it was made, in so many iterations.
 
-    Keys without effect are left out: the config.toml that a run is resumed from does not hold them.
+    Of no rank: that is the file's (`write_lora`). Keys without effect are left out: the config.toml
+    that a run is resumed from does not hold them.
     """
     plan, settings, idle = step_plan(config), config.recipe_settings(), ineffective_keys(config)
     for section, name in (key.split(".") for key in idle):
@@ -50,8 +51,6 @@ def recipe_of(config: Config, components: Components, iterations: int) -> Recipe
         teacher_guidance=None
         if "distribution_matching.guidance" in idle
         else config.distribution_matching.guidance,
-        lora_rank=config.student.rank,
-        lora_alpha=config.student.alpha,
         base_model=components.name,
         base_model_hash=components.base_hash,
         trained_with=settings,
@@ -137,7 +136,6 @@ def _write_checkpoint(
 ) -> None:
     from .models.saving import save_single_file
 
-    recipe = replace(recipe, lora_rank=None, lora_alpha=None)
     metadata = recipe.to_metadata() | modelspec(
         recipe, student.kind, side_px, form="", thumbnail=picture
     )
