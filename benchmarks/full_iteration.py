@@ -88,7 +88,7 @@ def benchmark_config(
     file = folder / "benchmark.toml"
     file.write_text(
         f'[model]\npath = "random"\n[data]\n{data}[output]\ndirectory = "unused"\n'
-        '[validation]\nevery = 0\n[export]\nthumbnail = false\n[logging]\ntrackers = []\n'
+        "[validation]\nevery = 0\n[export]\nthumbnail = false\n[logging]\ntrackers = []\n"
     )
     return load(preset=preset, file=file, overrides=overrides).config
 

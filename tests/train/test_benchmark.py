@@ -10,13 +10,11 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 
 from benchmarks.full_iteration import benchmark_config, main, random_data
-from benchmarks.memory_plan import LiveMemory, Plan, optimizer_bytes, plan
+from benchmarks.memory_plan import optimizer_bytes, resident_bytes
 from benchmarks.random_model import fill
 from dmd2_core import derived_generator
 from train_lora.config import Config
 from train_lora.demo import architecture
-from train_lora.distill import Distiller
-from train_lora.draws import sample_draws
 from train_lora.optimizer import build_optimizer
 from train_lora.trainer import build_trainer
 
@@ -59,7 +57,7 @@ def test_options_without_effect_are_refused_as_in_training(tmp_path: Path) -> No
 
 def test_resident_bytes_are_those_of_the_networks(tmp_path: Path) -> None:
     """bf16 base with float32 norms, float32 adapters; 8-bit states a quarter of 8 bytes each."""
-    found = plan(config_of(tmp_path), "tiny").resident
+    found = resident_bytes(config_of(tmp_path), "tiny")
     trainer = build_trainer(
         config_of(tmp_path, base_precision="bf16"),
         random_components(),
@@ -96,33 +94,6 @@ def test_optimizer_bytes_are_those_of_a_real_one(name: str) -> None:
             if isinstance(value, torch.Tensor) and key != "step" and "qmap" not in key:
                 held += value.numel() * value.element_size()
     assert optimizer_bytes(weights, name) == held
-
-
-def test_what_lowers_memory_lowers_the_plans_peak(tmp_path: Path) -> None:
-    def peak(**overrides: str) -> int:
-        return plan(config_of(tmp_path, **overrides), "tiny").peak
-
-    base = peak()
-    assert peak(gradient_checkpointing="false") > base
-    assert peak(batch_size="4") > base
-    assert peak(gan__enabled="false") < base
-    assert peak(gradient_accumulation_steps="2") > base  # gradients wait for the second batch
-
-
-def test_the_plan_counts_what_a_real_step_allocates(tmp_path: Path) -> None:
-    """The critic step on real tensors, counted the same way; in float32 no kernel copies."""
-    config = config_of(tmp_path, mixed_precision="no")
-    found: Plan = plan(config, "tiny")
-    components = random_components()
-    data = random_data(config, components, torch.device("cpu"))
-    trainer = build_trainer(config, components, data, Accelerator(cpu=True))
-    distiller: Distiller = trainer.distiller
-    batch, draws = data.batch(first=0, size=2, seed=0), sample_draws(0, first=0, count=2)
-    sample = distiller.student_sample(batch, 3, draws, with_graph=False)
-    with LiveMemory() as memory:
-        distiller.critic_step(sample, batch, draws)
-    planned = found.peaks["the critic step"] - sum(found.resident.values())
-    assert planned == pytest.approx(memory.peak, rel=0.02)
 
 
 def test_random_weights_give_finite_outputs() -> None:
