@@ -32,7 +32,7 @@ from train_lora.distributed import join_processes
 from train_lora.loop import Trainer
 from train_lora.model_setup import base_precision, build_trainable_unet
 from train_lora.models.components import Components
-from train_lora.models.precision import DTYPES
+from train_lora.models.precision import DTYPES, import_bitsandbytes
 from train_lora.models.text import LATENT_PX, Condition, size_ids
 from train_lora.trainer import build_trainer
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3, help="timed iterations of each kind (3)")
     parser.add_argument("--plan", action="store_true", help="count the bytes, run nothing")
     arguments, rest = parser.parse_known_args(argv)
+    import_bitsandbytes()  # in silence, before diffusers does it
     kind = arguments.model or ("sd15" if (arguments.preset or "").startswith("sd15") else "sdxl")
     with tempfile.TemporaryDirectory() as folder:
         try:

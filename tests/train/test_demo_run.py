@@ -34,15 +34,14 @@ def test_report_is_complete(report: dict[str, Any]) -> None:
 def test_teacher_and_student_paint_what_the_caption_says(report: dict[str, Any]) -> None:
     teacher, _, student = (report[name] for name in SYSTEMS)
     assert teacher["prompt_accuracy"] >= 0.97
-    assert student["prompt_accuracy"] >= 0.95
+    assert student["prompt_accuracy"] >= max(0.95, teacher["prompt_accuracy"] - 0.02)
     assert student["diversity"] >= 0.9 * teacher["diversity"]
 
 
 def test_the_student_is_near_fifty_steps_and_far_better_than_four(report: dict[str, Any]) -> None:
     teacher, few, student = (report[name] for name in SYSTEMS)
-    # The goal is 1.1; seeds scatter between 0.97 and 1.3 (README), and before distillation the same
-    # loop is at 3.3.
-    assert student["frechet_distance"] <= 1.4 * teacher["frechet_distance"]
+    # 0.93 was measured, on two seeds; other CPUs round differently, and runs scatter by a tenth.
+    assert student["frechet_distance"] <= 1.25 * teacher["frechet_distance"]
     assert student["frechet_distance"] <= 0.5 * few["frechet_distance"]
 
 
