@@ -28,6 +28,7 @@ from ..sampling import decode_latents, sample_latents
 from ..trainer import place, train
 from . import scenes
 from .classifier import load_classifier
+from .goals import shortfalls
 from .measure import SystemFigures, build_yardstick
 from .teacher import load_teacher
 
@@ -89,7 +90,9 @@ def run_demo(out: Path, seed: int = 0) -> None:
     figures = measure_systems(unet, components, systems)
     draw_comparison(unet, components, systems, out / PICTURE_NAME)
     report: dict[str, Any] = {name: asdict(row) for name, row in figures.items()}
+    missed = shortfalls(*(figures[name] for name in systems))
     report |= {
+        "falls_short": missed,
         "train_seconds": round(result.seconds, 1),
         "peak_memory_mb": peak_mb,
         "seed": seed,
@@ -104,6 +107,8 @@ def run_demo(out: Path, seed: int = 0) -> None:
     }
     (out / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(figures, result.seconds)
+    for sentence in missed:
+        print(f"falls short: {sentence}")
     for name in (LORA_NAME, PICTURE_NAME, REPORT_NAME):
         print(out / name)
 
