@@ -74,7 +74,7 @@ class CriticConfig(Section):
     """What is trained: a LoRA on the shared base, or a full copy of the weights."""
 
     rank: int = _number(64, low=1, high=4096)
-    """Rank of the critic's LoRA; at least the student's, since it tracks the student."""
+    """Rank of the critic's LoRA; better not below the student's, since it tracks the student."""
 
     alpha: float = _number(8.0, low=0, open_low=True)
     """Scale of the critic's LoRA: its output is multiplied by alpha / rank."""

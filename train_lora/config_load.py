@@ -206,13 +206,14 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    for key in TYPES:
-        if key not in values:
-            section, _, name = key.partition(".")
-            raise ValueError(
-                f"{key} is not set; add {name} to [{section}] in the config file "
-                f"or pass --{key} VALUE."
-            )
+    missing = [key for key in TYPES if key not in values]
+    if missing:
+        section, _, name = missing[0].partition(".")
+        others = f"; also needed: {', '.join(missing[1:])}" if missing[1:] else ""
+        raise ValueError(
+            f"{missing[0]} is not set; add {name} to [{section}] in the config file "
+            f"or pass --{missing[0]} VALUE{others}."
+        )
     sections = {
         section: kind(**{item.name: values[f"{section}.{item.name}"] for item in fields(kind)})
         for section, kind in SECTIONS.items()

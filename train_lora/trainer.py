@@ -15,6 +15,7 @@ from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
+from .data.sources import check_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
 from .distributed import (
@@ -93,13 +94,14 @@ def resume(config: Config) -> TrainResult:
 def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
     check_sharding(config)
     directory = Path(config.output.directory)
+    check_sources(config.data)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
     unet = build_trainable_unet(  # before data is read for nothing
         config, components, accelerator.device, warm=checkpoint is None
     )
     place_encoders(components, accelerator.device)
-    log.info("encoding prompts and images")
+    log.info("%s", f"reading {config.data.cache}" if config.data.cache else "encoding the data")
     data = load_training_data(
         config, components, num_processes=accelerator.num_processes, teacher=unet
     )

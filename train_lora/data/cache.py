@@ -131,7 +131,8 @@ def open_cache(
 ) -> tuple[ShardTable | None, dict[Size, ShardTable]]:
     """The prompts (None if the text is encoded online) and the pictures of each size.
 
-    ValueError for a cache that is missing, incomplete, damaged, stale or of another model.
+    ValueError for a cache that is missing, incomplete, damaged, or of another model or settings.
+    What was prepared is not compared with its sources, which need not be on this machine.
     """
     assert config.data.cache is not None
     folder = Path(config.data.cache)
