@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,6 +28,16 @@ def components(shared_components: Components) -> Components:
         name: getattr(shared_components, name) for name in shared_components.__dataclass_fields__
     }
     return Components(**(fields | {"unet": unet}))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """For tests that train in bf16: accelerate keeps the first precision of a process for good."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

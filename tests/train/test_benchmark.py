@@ -20,6 +20,8 @@ from train_lora.trainer import build_trainer
 
 from .tiny import random_components
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SMALL = {"student.rank": "4", "critic.rank": "4", "batch_size": "2"}
 ONE = {"gradient_accumulation_steps": "1"}
 

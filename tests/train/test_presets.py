@@ -120,6 +120,7 @@ def small_trainer(name: str, directory: Path) -> Trainer:
     return build_trainer(config, components, data, accelerator)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("name", NAMES)
 def test_each_trains(name: str, tmp_path: Path) -> None:
     """Its first iteration, and the two around the first update of the student's that follows."""
