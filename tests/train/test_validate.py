@@ -185,7 +185,10 @@ def test_validation_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
         "checkpoint__every": 0,
     }  # fmt: skip
     with_it = small_trainer(tmp_path / "with", **(SETTINGS | common | {"validation__every": 1}))
-    without = small_trainer(tmp_path / "without", **common)
+    without = small_trainer(
+        tmp_path / "without",
+        **(SETTINGS | common | {"validation__every": 0, "validation__num_prompts": None}),
+    )
     before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
     with_it.run()
     assert torch.equal(before[0], torch.get_rng_state())
