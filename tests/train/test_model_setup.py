@@ -12,8 +12,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from dmd2_core import Recipe, VPSchedule
-from train_lora.data.training_data import TrainingData
-from train_lora.distill import RealImages
 from train_lora.export import read_lora, shared_unet_with_lora
 from train_lora.export_checkpoint import export_checkpoint
 from train_lora.finish import CHECKPOINT_FILE
@@ -24,7 +22,7 @@ from train_lora.models.roles import CRITIC, STUDENT, LoraSpec, SharedUNet
 from train_lora.models.saving import save_single_file
 from train_lora.trainer import Trainer, build_trainer
 
-from .tiny import demo_config, random_components, random_condition, student_file
+from .tiny import demo_config, random_components, random_condition, small_data, student_file
 from .tiny_sd15 import random_sd15
 
 SMALL = {
@@ -33,18 +31,6 @@ SMALL = {
     "critic__rank": 2,
     "validation__every": 0,
 }
-
-
-def small_data() -> TrainingData:
-    generator = torch.Generator().manual_seed(3)
-    return TrainingData.in_memory(
-        captions=["a scene"] * 4,
-        condition=random_condition(4, generator),
-        real=RealImages(
-            latents=torch.randn(4, 4, 16, 16, generator=generator),
-            condition=random_condition(4, generator),
-        ),
-    )
 
 
 def small_trainer(directory: Path, components: Components, **overrides: object) -> Trainer:

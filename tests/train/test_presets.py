@@ -13,12 +13,10 @@ from accelerate import Accelerator
 from train_lora import cli
 from train_lora.config import Config
 from train_lora.config_load import PRESETS, load, presets, value_of
-from train_lora.data.training_data import TrainingData
-from train_lora.distill import RealImages
 from train_lora.sampling import step_plan
 from train_lora.trainer import Trainer, build_trainer
 
-from .tiny import random_components, random_condition, weights
+from .tiny import random_components, small_data, weights
 from .tiny_sd15 import random_sd15, sd15_data
 
 PATHS = {
@@ -106,15 +104,7 @@ def small_trainer(name: str, directory: Path) -> Trainer:
         components, data = random_sd15(), sd15_data()
         config = resolved(name, **sizes, data__resolution_px=256)
     else:
-        components, generator = random_components(), torch.Generator().manual_seed(3)
-        data = TrainingData.in_memory(
-            captions=["a scene"] * 4,
-            condition=random_condition(4, generator),
-            real=RealImages(
-                latents=torch.randn(4, 4, 16, 16, generator=generator),
-                condition=random_condition(4, generator),
-            ),
-        )
+        components, data = random_components(), small_data()
         config = resolved(name, **sizes, data__resolution_px=128)
     accelerator = Accelerator(cpu=True, mixed_precision=config.training.mixed_precision)
     return build_trainer(config, components, data, accelerator)

@@ -98,6 +98,19 @@ SMALL = {
 }
 
 
+def small_data(prompts: int = 4, images: int = 4) -> TrainingData:
+    """Random conditions and latents of the tiny model, the same at every call."""
+    generator = torch.Generator().manual_seed(3)
+    return TrainingData.in_memory(
+        captions=["a scene"] * prompts,
+        condition=random_condition(prompts, generator),
+        real=RealImages(
+            latents=torch.randn(images, 4, 16, 16, generator=generator),
+            condition=random_condition(images, generator),
+        ),
+    )
+
+
 def small_trainer(directory: Path, **overrides: object) -> Trainer:
     """Six prompts and five images, random; batches of 2 unless `overrides` say otherwise.
 
@@ -105,15 +118,7 @@ def small_trainer(directory: Path, **overrides: object) -> Trainer:
     """
     values = {key: value for key, value in (SMALL | overrides).items() if value is not None}
     config = demo_config(directory, **values)
-    generator = torch.Generator().manual_seed(3)
-    data = TrainingData.in_memory(
-        captions=["a scene"] * 6,
-        condition=random_condition(6, generator),
-        real=RealImages(
-            latents=torch.randn(5, 4, 16, 16, generator=generator),
-            condition=random_condition(5, generator),
-        ),
-    )
+    data = small_data(prompts=6, images=5)
     return build_trainer(config, random_components(), data, Accelerator(cpu=True))
 
 
