@@ -15,6 +15,8 @@ from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
+from .data.cache import AGAIN
+from .data.freshness import changed_sources
 from .data.sources import check_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
@@ -95,6 +97,8 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
     check_sharding(config)
     directory = Path(config.output.directory)
     check_sources(config.data)
+    if config.data.cache is not None and accelerator.is_main_process:
+        _check_freshness(config, resumed=checkpoint is not None)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
     unet = build_trainable_unet(  # before data is read for nothing
@@ -123,6 +127,19 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
     wait_for_all(accelerator.device)
     leave_processes()
     return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)
+
+
+def _check_freshness(config: Config, *, resumed: bool) -> None:
+    """ValueError for a cache older than its sources: days of training on old captions are lost.
+
+    A run that goes on has trained on what was prepared, and stays what it is.
+    """
+    changes = changed_sources(config)
+    if changes is None:
+        return
+    if not resumed:
+        raise ValueError(f"{changes}; {AGAIN}, which encodes only what changed.")
+    log.warning("%s: the run goes on with what was prepared then", changes)
 
 
 def build_trainer(
