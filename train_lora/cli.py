@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .messages import show_messages
 from .output import check_output_directory
@@ -222,7 +222,7 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
         dest="run",
         action="store_const",
         const=_config_show,
-        help="every value and its origin: default, preset, file or cli",
+        help="every value and its origin: default, preset, file or cli; what must still be set",
     )
     action.add_argument(
         "--keys",
@@ -320,9 +320,10 @@ def _teacher(arguments: argparse.Namespace) -> int:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
+    from .config_load import load_unfinished
     from .config_text import show
 
-    print(show(_load_config(arguments)), end="")
+    print(show(load_unfinished(**_config_sources(arguments))), end="")
     return 0
 
 
@@ -351,12 +352,16 @@ def _refuse_values(arguments: argparse.Namespace, what: str) -> None:
 def _load_config(arguments: argparse.Namespace) -> LoadedConfig:
     from .config_load import load
 
-    return load(
-        preset=arguments.preset,
-        file=arguments.config,
-        overrides=arguments.overrides,
-        ablations=arguments.ablate,
-    )
+    return load(**_config_sources(arguments))
+
+
+def _config_sources(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "preset": arguments.preset,
+        "file": arguments.config,
+        "overrides": arguments.overrides,
+        "ablations": arguments.ablate,
+    }
 
 
 def pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -169,6 +169,8 @@ def test_config_show_and_keys(capsys):
     assert cli.main(["config", "--show", "--preset", "demo", "--iterations", "3"]) == 0
     shown = capsys.readouterr().out
     assert any(line.split() == ["iterations", "=", "3", "#", "cli"] for line in shown.splitlines())
+    assert cli.main(["config", "--show", "--preset", "sdxl-4step"]) == 0
+    assert "# prompts = ...                           # required\n" in capsys.readouterr().out
     assert cli.main(["config", "--keys"]) == 0
     assert "--training.iterations" in capsys.readouterr().out
 

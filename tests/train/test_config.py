@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from train_lora.config_load import (
     from_dict,
     ineffective_keys,
     load,
+    load_unfinished,
     read_toml,
     resolve_key,
     value_of,
@@ -354,6 +356,21 @@ def test_show_tells_each_origin():
     assert "rank = 8                                  # cli\n" in text
     assert "enabled = true                            # default\n" in text
     assert text.count("# ") == len(TYPES)
+
+
+def test_show_lists_what_must_still_be_set_and_checks_the_rest():
+    paths = {"model.path", "data.prompts", "output.directory"}
+    unfinished = load_unfinished(preset="sdxl-4step", overrides=[("stream", "true")])
+    assert unfinished.missing == paths | {"data.real_images"}
+    text = config_text.show(unfinished)
+    assert text.count("  # required\n") == 4
+    assert "[model]\n# path = ...                              # required\n" in text
+    shown = tomllib.loads(text)
+    assert {f"{s}.{name}" for s in shown for name in shown[s]} == set(TYPES) - unfinished.missing
+    assert load_unfinished(preset="sdxl-4step", ablations=["no-gan"]).missing == paths
+    assert load_unfinished(preset="demo") == load(preset="demo")
+    with pytest.raises(ValueError, match=r"student\.rank is 0"):
+        load_unfinished(preset="sdxl-4step", overrides=[("student.rank", "0")])
 
 
 def test_every_key_is_documented_and_listed():
