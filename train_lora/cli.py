@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
 from .output import check_output_directory
 from .stop import TrainingStopped
@@ -247,6 +248,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return _resume(arguments)
     loaded = _load_config(arguments)
     check_output_directory(loaded.config.output.directory, "--output.directory")
+    check_inputs(loaded.config, warm=True)
     from .trainer import train
 
     print(train(loaded.config).lora)
@@ -265,6 +267,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.resume} holds no run to resume: there is no {config_file}.")
     overrides = [("output.directory", str(arguments.resume)), *arguments.overrides]
     config = load(file=config_file, overrides=overrides).config
+    check_inputs(config, warm=False)
     from .trainer import resume
 
     print(resume(config).lora)
@@ -285,6 +288,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     loaded = _load_config(arguments)
+    check_model(loaded.config)
+    check_data(loaded.config)
     from .prepare import prepare
 
     prepare(loaded.config, strict=arguments.strict)

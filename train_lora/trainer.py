@@ -17,7 +17,6 @@ from .config import Config
 from .config_text import to_toml
 from .data.cache import AGAIN
 from .data.freshness import changed_sources
-from .data.sources import check_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
 from .distributed import (
@@ -27,6 +26,7 @@ from .distributed import (
     telling_of_lost_processes,
     wait_for_all,
 )
+from .inputs import check_inputs
 from .loop import HEAD_STREAM, Trainer
 from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
@@ -96,7 +96,7 @@ def resume(config: Config) -> TrainResult:
 def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
     check_sharding(config)
     directory = Path(config.output.directory)
-    check_sources(config.data)
+    check_inputs(config, warm=checkpoint is None)
     if config.data.cache is not None and accelerator.is_main_process:
         _check_freshness(config, resumed=checkpoint is not None)
     log.info("loading the model %s", config.model.path)

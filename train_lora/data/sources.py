@@ -29,20 +29,6 @@ KINDS = (
 )
 
 
-def check_sources(settings: DataConfig) -> None:
-    """ValueError for prompts or pictures that do not exist: before a model is loaded for them."""
-    if settings.cache is not None:  # holds their content, perhaps on another machine
-        return
-    for key, source in (("data.prompts", settings.prompts), (KEY, settings.real_images)):
-        if source in (None, "demo", "teacher") or source.startswith(HUB):
-            continue
-        if not Path(source).exists():
-            raise ValueError(
-                f"{key} is {source!r}, which does not exist; name a file or folder, or write "
-                "hub:OWNER/NAME for a dataset of the Hugging Face hub."
-            )
-
-
 def open_samples(settings: DataConfig) -> Iterable[Sample]:
     """The samples of a source on disk or of the hub, in an order that is always the same.
 
