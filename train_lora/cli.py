@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
-from .output import check_output_directory
+from .output import CHECKPOINTS, check_output_directory
 from .stop import TrainingStopped
 from .user_errors import user_sentence
 
@@ -126,16 +126,17 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="distil a teacher into a LoRA",
-        usage="dmd2 train (--config FILE.toml | --resume RUNDIR) [--preset NAME] [--ablate NAME] "
-        "[--key value ...]",
+        usage="dmd2 train (--config FILE.toml | --resume RUNDIR_OR_CHECKPOINT) [--preset NAME] "
+        "[--ablate NAME] [--key value ...]",
         allow_abbrev=False,
     )
     command.add_argument(
         "--resume",
         type=Path,
-        metavar="RUNDIR",
+        metavar="RUNDIR_OR_CHECKPOINT",
         help="go on with the run in this folder, from its newest complete checkpoint and with its "
-        "own config.toml; --key value changes what a run may change, such as --iterations",
+        "own config.toml; --key value changes what a run may change, such as --iterations. "
+        "RUNDIR/checkpoints/000500 goes back to that one; what came after it is set aside",
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
@@ -262,16 +263,25 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise _UsageError("--resume takes the run's own config.toml; change it by --key value.")
     if any(resolve_key(name) == "output.directory" for name, _ in arguments.overrides):
         raise _UsageError("--resume names the run's folder already; remove --output.directory.")
-    config_file = arguments.resume / "config.toml"
+    run, iteration = _run_and_iteration(arguments.resume)
+    config_file = run / "config.toml"
     if not config_file.is_file():
-        raise ValueError(f"{arguments.resume} holds no run to resume: there is no {config_file}.")
-    overrides = [("output.directory", str(arguments.resume)), *arguments.overrides]
+        raise ValueError(f"{run} holds no run to resume: there is no {config_file}.")
+    overrides = [("output.directory", str(run)), *arguments.overrides]
     config = load(file=config_file, overrides=overrides).config
     check_inputs(config, warm=False)
     from .trainer import resume
 
-    print(resume(config).lora)
+    print(resume(config, iteration=iteration).lora)
     return 0
+
+
+def _run_and_iteration(named: Path) -> tuple[Path, int | None]:
+    """A run's folder, and the iteration where one of its checkpoints is named."""
+    is_checkpoint = named.parent.name == CHECKPOINTS and named.name.isdecimal()
+    if is_checkpoint and not (named / "config.toml").exists():
+        return named.parent.parent, int(named.name)
+    return named, None
 
 
 def _export(arguments: argparse.Namespace) -> int:

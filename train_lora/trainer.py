@@ -12,7 +12,7 @@ from torch import nn
 from dmd2_core import MiddleBlockHead, derived_generator
 
 from .checkpoint import check_config, read_state, restore
-from .checkpoint_store import newest_complete, write_text
+from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
 from .data.cache import AGAIN
@@ -34,6 +34,7 @@ from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
+from .rewind import set_aside
 from .sampling import step_plan
 from .sharding import check_sharding
 from .trackers import check_trackers
@@ -71,8 +72,10 @@ def train(config: Config) -> TrainResult:
     return _train(config, accelerator, None)
 
 
-def resume(config: Config) -> TrainResult:
+def resume(config: Config, *, iteration: int | None = None) -> TrainResult:
     """Go on from the newest complete checkpoint in `output.directory`, exactly as if never stopped.
+
+    `iteration`: go back to that checkpoint instead; what came after it is set aside.
 
     Raises as `train`; also ValueError if there is no such checkpoint, or if the settings, model or
     data are not those of the run.
@@ -80,8 +83,11 @@ def resume(config: Config) -> TrainResult:
     check_trackers(config)
     run = Path(config.output.directory)
     accelerator = join_processes(config.training.mixed_precision)
-    newest = int(newest_complete(run).name) if accelerator.is_main_process else 0
-    checkpoint = run / CHECKPOINTS / f"{largest(newest, accelerator.device):06d}"
+    chosen = 0
+    if accelerator.is_main_process:
+        found = newest_complete(run) if iteration is None else complete_at(run, iteration)
+        chosen = int(found.name)
+    checkpoint = run / CHECKPOINTS / f"{largest(chosen, accelerator.device):06d}"
     state = read_state(checkpoint)
     check_config(state, config, run)
     if state["iteration"] == config.training.iterations and (run / LORA_FILE).exists():
@@ -89,11 +95,13 @@ def resume(config: Config) -> TrainResult:
             f"The run in {run} is complete: {run / LORA_FILE} has its {state['iteration']} "
             "iterations. Set --training.iterations higher to train on."
         )
-    return _train(config, accelerator, checkpoint)
+    return _train(config, accelerator, checkpoint, goes_back=iteration is not None)
 
 
 @telling_of_lost_processes()
-def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
+def _train(
+    config: Config, accelerator: Accelerator, checkpoint: Path | None, *, goes_back: bool = False
+) -> TrainResult:
     check_sharding(config)
     directory = Path(config.output.directory)
     check_inputs(config, warm=checkpoint is None)
@@ -115,6 +123,8 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
         restore(trainer, checkpoint, read_state(checkpoint))
         log.info("going on from %s", checkpoint)
     if accelerator.is_main_process:
+        if goes_back and (later := set_aside(directory, trainer.iteration)) is not None:
+            log.info("what the run made after iteration %d is now in %s", trainer.iteration, later)
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, to_toml(config))
     log.info(
