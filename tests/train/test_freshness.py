@@ -8,20 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
 
-from train_lora import model_setup, prepare, trainer
+from train_lora import prepare, trainer
 from train_lora.config import Config
 from train_lora.data.freshness import SOURCES, changed_sources
 
 from .picture_files import captioned_folder, metadata_folder, picture, tar_folder
 from .tiny import demo_config
 
-
-@pytest.fixture(autouse=True)
-def _tiny_model(monkeypatch: pytest.MonkeyPatch, shared_components) -> None:
-    PartialState(cpu=True)
-    monkeypatch.setattr(model_setup, "load_model", lambda config, device: shared_components)
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def prepared(tmp_path: Path, images: Path) -> Config:
