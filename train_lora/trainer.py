@@ -103,6 +103,13 @@ def _train(
     config: Config, accelerator: Accelerator, checkpoint: Path | None, *, goes_back: bool = False
 ) -> TrainResult:
     check_sharding(config)
+    processes, parts = int(accelerator.num_processes), config.training
+    log.info(  # at the start: a launcher may have started fewer than was meant
+        "%d process%s on %s: global batch %d = %d x batch_size %d x gradient_accumulation_steps %d",
+        *(processes, "es" if processes > 1 else "", accelerator.device.type),
+        processes * parts.batch_size * parts.gradient_accumulation_steps,
+        *(processes, parts.batch_size, parts.gradient_accumulation_steps),
+    )
     directory = Path(config.output.directory)
     check_inputs(config, warm=checkpoint is None)
     if config.data.cache is not None and accelerator.is_main_process:
@@ -127,11 +134,6 @@ def _train(
             log.info("what the run made after iteration %d is now in %s", trainer.iteration, later)
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, to_toml(config))
-    log.info(
-        "global batch %d = processes %d x batch_size %d x gradient_accumulation_steps %d",
-        *(trainer.global_batch, accelerator.num_processes),
-        *(config.training.batch_size, config.training.gradient_accumulation_steps),
-    )
     trainer.run()
     trainer.export(directory / LORA_FILE)
     wait_for_all(accelerator.device)
