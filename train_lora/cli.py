@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
-from .output import CHECKPOINTS, check_output_directory
+from .output import check_output_directory, run_and_iteration
 from .stop import TrainingStopped
 from .user_errors import user_sentence
 
@@ -134,9 +134,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--resume",
         type=Path,
         metavar="RUNDIR_OR_CHECKPOINT",
-        help="go on with the run in this folder, from its newest complete checkpoint and with its "
-        "own config.toml; --key value changes what a run may change, such as --iterations. "
-        "RUNDIR/checkpoints/000500 goes back to that one; what came after it is set aside",
+        help="go on with this run and its config.toml, from its newest complete checkpoint or "
+        "the one named (what came after that is set aside); --key value changes what it may",
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
@@ -263,7 +262,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise _UsageError("--resume takes the run's own config.toml; change it by --key value.")
     if any(resolve_key(name) == "output.directory" for name, _ in arguments.overrides):
         raise _UsageError("--resume names the run's folder already; remove --output.directory.")
-    run, iteration = _run_and_iteration(arguments.resume)
+    run, iteration = run_and_iteration(arguments.resume)
     config_file = run / "config.toml"
     if not config_file.is_file():
         raise ValueError(f"{run} holds no run to resume: there is no {config_file}.")
@@ -274,14 +273,6 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     print(resume(config, iteration=iteration).lora)
     return 0
-
-
-def _run_and_iteration(named: Path) -> tuple[Path, int | None]:
-    """A run's folder, and the iteration where one of its checkpoints is named."""
-    is_checkpoint = named.parent.name == CHECKPOINTS and named.name.isdecimal()
-    if is_checkpoint and not (named / "config.toml").exists():
-        return named.parent.parent, int(named.name)
-    return named, None
 
 
 def _export(arguments: argparse.Namespace) -> int:
