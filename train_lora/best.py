@@ -54,7 +54,7 @@ class Best:
         if not history.read_bytes().endswith(b"\n"):  # cut short: what follows is a line of its own
             with history.open("a", encoding="utf-8") as file:
                 file.write("\n")
-        for line in _history(self.run):
+        for line in noted(self.run):
             if (_folder(self.run, line["iteration"]) / MANIFEST).exists():
                 self._take(line)
         if self.iteration is not None:
@@ -105,6 +105,19 @@ def best_checkpoint(run: Path) -> Path:
     return _folder(run, int(record["iteration"]))
 
 
+def noted(run: Path) -> list[dict[str, Any]]:
+    """The lines that are whole; the last may have been cut short."""
+    lines = []
+    for text in (run / HISTORY_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            int(line["iteration"]), line["stamp"], line["figures"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        lines.append(line)
+    return lines
+
+
 def _folder(run: Path, iteration: int) -> Path:
     return run / CHECKPOINTS / f"{iteration:06d}"
 
@@ -122,16 +135,3 @@ def _record(run: Path) -> dict[str, Any] | None:
         ) from error
     assert isinstance(record, dict)
     return record
-
-
-def _history(run: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; the last may have been cut short."""
-    lines = []
-    for text in (run / HISTORY_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            int(line["iteration"]), line["stamp"], line["figures"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(line)
-    return lines

@@ -111,6 +111,21 @@ def newest_complete(run: Path) -> Path:
     raise ValueError(f"{run} cannot be used: {state}. Start a new run in another folder.")
 
 
+def complete_at(run: Path, iteration: int) -> Path:
+    """The checkpoint of that iteration; ValueError where it is missing or damaged."""
+    found = {int(folder.name): folder for folder in checkpoints(run)}
+    if iteration not in found:
+        have = ", ".join(map(str, sorted(found))) or "none"
+        raise ValueError(f"{run} has no checkpoint of iteration {iteration}; it has: {have}.")
+    reason = damage(found[iteration])
+    if reason is not None:
+        raise ValueError(
+            f"The checkpoint {found[iteration]} is damaged: {reason}. Name another one, or the "
+            "run's folder for the newest complete one."
+        )
+    return found[iteration]
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint; None if every file has its size and sha256."""
     try:

@@ -12,10 +12,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
-from .output import check_output_directory
+from .output import check_output_directory, run_and_iteration
 from .stop import TrainingStopped
 from .user_errors import user_sentence
 
@@ -125,16 +126,16 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="distil a teacher into a LoRA",
-        usage="dmd2 train (--config FILE.toml | --resume RUNDIR) [--preset NAME] [--ablate NAME] "
-        "[--key value ...]",
+        usage="dmd2 train (--config FILE.toml | --resume RUNDIR_OR_CHECKPOINT) [--preset NAME] "
+        "[--ablate NAME] [--key value ...]",
         allow_abbrev=False,
     )
     command.add_argument(
         "--resume",
         type=Path,
-        metavar="RUNDIR",
-        help="go on with the run in this folder, from its newest complete checkpoint and with its "
-        "own config.toml; --key value changes what a run may change, such as --iterations",
+        metavar="RUNDIR_OR_CHECKPOINT",
+        help="go on with this run and its config.toml, from its newest complete checkpoint or "
+        "the one named (what came after that is set aside); --key value changes what it may",
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
@@ -222,7 +223,7 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
         dest="run",
         action="store_const",
         const=_config_show,
-        help="every value and its origin: default, preset, file or cli",
+        help="every value and its origin: default, preset, file or cli; what must still be set",
     )
     action.add_argument(
         "--keys",
@@ -247,6 +248,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return _resume(arguments)
     loaded = _load_config(arguments)
     check_output_directory(loaded.config.output.directory, "--output.directory")
+    check_inputs(loaded.config, warm=True)
     from .trainer import train
 
     print(train(loaded.config).lora)
@@ -260,14 +262,16 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise _UsageError("--resume takes the run's own config.toml; change it by --key value.")
     if any(resolve_key(name) == "output.directory" for name, _ in arguments.overrides):
         raise _UsageError("--resume names the run's folder already; remove --output.directory.")
-    config_file = arguments.resume / "config.toml"
+    run, iteration = run_and_iteration(arguments.resume)
+    config_file = run / "config.toml"
     if not config_file.is_file():
-        raise ValueError(f"{arguments.resume} holds no run to resume: there is no {config_file}.")
-    overrides = [("output.directory", str(arguments.resume)), *arguments.overrides]
+        raise ValueError(f"{run} holds no run to resume: there is no {config_file}.")
+    overrides = [("output.directory", str(run)), *arguments.overrides]
     config = load(file=config_file, overrides=overrides).config
+    check_inputs(config, warm=False)
     from .trainer import resume
 
-    print(resume(config).lora)
+    print(resume(config, iteration=iteration).lora)
     return 0
 
 
@@ -285,6 +289,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     loaded = _load_config(arguments)
+    check_model(loaded.config)
+    check_data(loaded.config)
     from .prepare import prepare
 
     prepare(loaded.config, strict=arguments.strict)
@@ -320,9 +326,10 @@ def _teacher(arguments: argparse.Namespace) -> int:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
+    from .config_load import load_unfinished
     from .config_text import show
 
-    print(show(_load_config(arguments)), end="")
+    print(show(load_unfinished(**_config_sources(arguments))), end="")
     return 0
 
 
@@ -351,12 +358,16 @@ def _refuse_values(arguments: argparse.Namespace, what: str) -> None:
 def _load_config(arguments: argparse.Namespace) -> LoadedConfig:
     from .config_load import load
 
-    return load(
-        preset=arguments.preset,
-        file=arguments.config,
-        overrides=arguments.overrides,
-        ablations=arguments.ablate,
-    )
+    return load(**_config_sources(arguments))
+
+
+def _config_sources(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "preset": arguments.preset,
+        "file": arguments.config,
+        "overrides": arguments.overrides,
+        "ablations": arguments.ablate,
+    }
 
 
 def pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,13 +11,15 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from .config import SECTIONS, Config, show_value
+from .config_values import describe_type, fit, python_value
 
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
+UNKNOWN = "..."
+"""In place of a text that is not set yet."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -48,6 +50,8 @@ class LoadedConfig:
 
     config: Config
     origins: Mapping[str, Origin]
+    missing: frozenset[str] = frozenset()
+    """Keys that are needed and not set, of `load_unfinished`; their values mean nothing."""
 
 
 def load(
@@ -58,6 +62,35 @@ def load(
     ablations: Sequence[str] = (),
 ) -> LoadedConfig:
     """`overrides` are (key, text) pairs as on the command line; later sources win."""
+    values, origins = _merged(preset, file, overrides, ablations)
+    loaded = LoadedConfig(config=_build(values), origins=origins)
+    _refuse_ineffective(loaded)
+    return loaded
+
+
+def load_unfinished(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    ablations: Sequence[str] = (),
+) -> LoadedConfig:
+    """As `load`, to be looked at: keys that are needed may be missing, the rest is checked."""
+    values, origins = _merged(preset, file, overrides, ablations)
+    missing = _missing(values)
+    config = _build(values | dict.fromkeys(missing, UNKNOWN))
+    loaded = LoadedConfig(config=config, origins=origins, missing=frozenset(missing))
+    _refuse_ineffective(loaded)
+    return loaded
+
+
+def _merged(
+    preset: str | None,
+    file: Path | None,
+    overrides: Sequence[tuple[str, str]],
+    ablations: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """Key -> value, and -> where it came from."""
     layers: list[tuple[Origin, dict[str, Any]]] = [("default", DEFAULTS)]
     if preset is not None:
         layers.append(("preset", read_toml(_preset_path(preset))))
@@ -72,9 +105,7 @@ def load(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    loaded = LoadedConfig(config=_build(values), origins=origins)
-    _refuse_ineffective(loaded)
-    return loaded
+    return values, origins
 
 
 def from_dict(nested: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -195,6 +226,8 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
     """
     rank = {origin: position for position, origin in enumerate(get_args(Origin))}
     for key, switches in ineffective_keys(loaded.config).items():
+        if not loaded.missing.isdisjoint((key, *switches)):
+            continue  # nobody knows yet
         origin = loaded.origins[key]
         if origin == "default" or rank[origin] < max(rank[loaded.origins[s]] for s in switches):
             continue
@@ -206,8 +239,8 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    missing = [key for key in TYPES if key not in values]
-    if missing:
+    missing = _missing(values)
+    if missing and missing != ["data.real_images"]:  # `Config` says why that one is needed
         section, _, name = missing[0].partition(".")
         others = f"; also needed: {', '.join(missing[1:])}" if missing[1:] else ""
         raise ValueError(
@@ -219,6 +252,13 @@ def _build(values: Mapping[str, Any]) -> Config:
         for section, kind in SECTIONS.items()
     }
     return Config(**sections)  # type: ignore[arg-type]
+
+
+def _missing(values: Mapping[str, Any]) -> list[str]:
+    """The keys that must be set and are not."""
+    takes_images = values["gan.enabled"] or not values["backward_simulation.enabled"]
+    no_images = takes_images and values["data.real_images"] is None
+    return [k for k in TYPES if k not in values or (k == "data.real_images" and no_images)]
 
 
 def presets() -> dict[str, str]:
@@ -263,7 +303,7 @@ def _parse_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
         key = resolve_key(name)
         if key in typed:
             raise ValueError(f"--{key} is given twice; keep one.")
-        typed[key] = _checked(key, _python_value(TYPES[key], text))
+        typed[key] = _checked(key, python_value(TYPES[key], text))
     return typed
 
 
@@ -286,82 +326,9 @@ def _apply_ablations(
     return changes
 
 
-def _python_value(hint: Any, text: str) -> Any:
-    """What TOML would give for the command line's `text`; text that does not fit stays text."""
-    if _is_optional(hint):
-        return None if text == "none" else _python_value(_inner(hint), text)
-    if get_origin(hint) is tuple:
-        if text.startswith("["):
-            return _toml_value(text)
-        if get_origin(get_args(hint)[0]) is Literal:
-            return [word.strip() for word in text.split(",")]
-        # Captions have commas of their own.
-        return [text] if get_args(hint)[0] is str else _toml_value(f"[{text}]")
-    if hint is bool:
-        return {"true": True, "false": False}.get(text, text)
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            return text
-    return text
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return table["value"] if len(table) == 1 else text
-
-
-def _is_optional(hint: Any) -> bool:
-    return NoneType in get_args(hint)
-
-
-def _inner(optional: Any) -> Any:
-    """T, given `T | None`."""
-    return next(kind for kind in get_args(optional) if kind is not NoneType)
-
-
 def _checked(key: str, value: Any) -> Any:
     """`value` in the type of `key`: lists become tuples, and whole numbers floats where asked."""
-    fitted = _fit(TYPES[key], value)
+    fitted = fit(TYPES[key], value)
     if fitted is MISSING:
         raise ValueError(f"{key} is {show_value(value)}; set it to {describe_type(TYPES[key])}.")
     return fitted
-
-
-def _fit(hint: Any, value: Any) -> Any:
-    """MISSING where the value is of another type."""
-    arguments = get_args(hint)
-    if _is_optional(hint):
-        return None if value is None or value == "none" else _fit(_inner(hint), value)
-    if get_origin(hint) is Literal:
-        return value if value in arguments else MISSING
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            return MISSING
-        if arguments[-1] is not ... and len(value) != len(arguments):
-            return MISSING
-        fitted = tuple(_fit(arguments[0], element) for element in value)
-        return MISSING if MISSING in fitted else fitted
-    if hint is float and type(value) is int:
-        return float(value)
-    return value if type(value) is hint else MISSING
-
-
-def describe_type(hint: Any) -> str:
-    """A type in words, for messages and for the list of keys."""
-    arguments = get_args(hint)
-    if _is_optional(hint):
-        return f'{describe_type(_inner(hint))} or "none"'
-    if get_origin(hint) is Literal:
-        return " or ".join(f'"{choice}"' for choice in arguments)
-    if get_origin(hint) is tuple and get_origin(arguments[0]) is Literal:
-        return f"a list in brackets of {describe_type(arguments[0])}"
-    if get_origin(hint) is tuple:
-        plural = {int: "whole numbers", float: "numbers", str: "texts"}[arguments[0]]
-        count = "" if arguments[-1] is ... else f"{len(arguments)} "
-        return f"a list of {count}{plural} in brackets"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]

@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from .config import SECTIONS, Config, Section, show_value
-from .config_load import TYPES, LoadedConfig, describe_type, ineffective_keys, value_of
+from .config_load import TYPES, UNKNOWN, LoadedConfig, ineffective_keys, value_of
+from .config_values import describe_type
 
 
 def to_toml(config: Config) -> str:
@@ -25,10 +26,13 @@ def to_toml(config: Config) -> str:
 
 
 def show(loaded: LoadedConfig) -> str:
-    """TOML with the origin of each value beside it."""
+    """TOML with the origin of each value beside it; what must still be set, as a comment."""
     idle = ineffective_keys(loaded.config)
 
     def line(key: str, text: str) -> str:
+        if key in loaded.missing:
+            unset = f"# {key.partition('.')[2]} = {UNKNOWN}"
+            return f"{unset:<40}  # required"
         note = ", no effect" if key in idle else ""
         return f"{text:<40}  # {loaded.origins[key]}{note}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Piece = TypeVar("Piece")
+"""An index into a tensor."""
 
 
 def join_processes(mixed_precision: str) -> Accelerator:
@@ -75,6 +78,24 @@ def total(numbers: Tensor) -> Tensor:
     with reaching_the_others():
         dist.all_reduce(shared)
     return shared
+
+
+def shared_out(
+    pieces: Sequence[Piece], work: Callable[[Piece], Tensor], into: Tensor, *, together: bool
+) -> Tensor:
+    """`into[piece] = work(piece)` for all pieces, each done by one process; the result in all.
+
+    `into`: zeros, on the device of the exchange. `together`: the work itself takes all processes
+    (sharded networks), so that all do it equally often; what one does too often is not kept.
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several() else (1, 0)
+    for first in range(0, len(pieces), ranks):
+        number = first + rank
+        if number < len(pieces):
+            into[pieces[number]] = work(pieces[number])
+        elif together:
+            work(pieces[-1])
+    return total(into)  # the others' pieces are zeros here
 
 
 def wait_for_all(device: torch.device) -> None:

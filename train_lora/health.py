@@ -89,9 +89,12 @@ class Rule:
         )
 
 
+# Not "a higher critic.learning_rate": with a LoRA of high rank that made the demo's critic noisier,
+# and what it tells the student with it.
 _LAGGING_CRITIC = (
-    "Go on from an earlier checkpoint with a lower student.learning_rate or a higher "
-    "critic.learning_rate; in a new run, raise critic.updates_per_generator"
+    "Go on from an earlier checkpoint with a lower student.learning_rate, or with another "
+    "critic.learning_rate (lower if loss/critic jumps); in a new run, raise "
+    "critic.updates_per_generator"
 )
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -1,4 +1,4 @@
-"""Where results go: a folder with something in it is never written to unasked."""
+"""Folders of runs: one with something in it is never written to unasked."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def check_output_directory(path: str | Path, option: str) -> Path:
             f"name another one, or move this one away{resume}."
         )
     return path
+
+
+def run_and_iteration(path: Path) -> tuple[Path, int | None]:
+    """A run's folder, and the iteration where `path` is RUN/checkpoints/ITERATION."""
+    is_checkpoint = path.parent.name == CHECKPOINTS and path.name.isdecimal()
+    if is_checkpoint and not (path / "config.toml").exists():  # a run could be called so
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import Config
 from .data import cache
 from .data.encode import PROMPTS, Encoded, Unit, digest, prompt_units, with_text
+from .data.freshness import SOURCES, source_stamps
 from .data.store import read_shard_facts, shard_stamp, write_shard
 from .data.training_data import check_sources, read_training_prompts, real_image_units
 from .distributed import join_processes, leave_processes
@@ -59,7 +60,7 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
         raise ValueError(f"data.real_images {config.data.real_images!r} is empty; fill it.")
     state.wait_for_everyone()  # all have looked at the folder
     if state.is_main_process:
-        _begin(folder, identity)
+        _begin(folder, identity, source_stamps(config))
     state.wait_for_everyone()
     key = digest([json.dumps(identity, sort_keys=True)])
     names = _encode_own(folder, chain([first], units), key, config, components, state)
@@ -84,12 +85,16 @@ def _named_units(
             yield f"{cache.PICTURES}-{number:06d}.safetensors", unit
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> None:
-    """From here on the cache is incomplete until `_finish`; nothing encoded is thrown away."""
+def _begin(folder: Path, identity: dict[str, Any], stamps: dict[str, Any]) -> None:
+    """From here on the cache is incomplete until `_finish`; nothing encoded is thrown away.
+
+    `stamps`: of the sources, taken before any is read: what changes meanwhile is noticed later.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.partial"):  # of a killed process
         partial.unlink()
     cache.write_json(folder / cache.MANIFEST, identity | {"complete": False, "shards": []})
+    cache.write_json(folder / SOURCES, stamps)
 
 
 def _encode_own(

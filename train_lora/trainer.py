@@ -12,10 +12,11 @@ from torch import nn
 from dmd2_core import MiddleBlockHead, derived_generator
 
 from .checkpoint import check_config, read_state, restore
-from .checkpoint_store import newest_complete, write_text
+from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
-from .data.sources import check_sources
+from .data.cache import AGAIN
+from .data.freshness import changed_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
 from .distributed import (
@@ -25,6 +26,7 @@ from .distributed import (
     telling_of_lost_processes,
     wait_for_all,
 )
+from .inputs import check_inputs
 from .loop import HEAD_STREAM, Trainer
 from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
@@ -32,6 +34,7 @@ from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
+from .rewind import set_aside
 from .sampling import step_plan
 from .sharding import check_sharding
 from .trackers import check_trackers
@@ -69,8 +72,10 @@ def train(config: Config) -> TrainResult:
     return _train(config, accelerator, None)
 
 
-def resume(config: Config) -> TrainResult:
+def resume(config: Config, *, iteration: int | None = None) -> TrainResult:
     """Go on from the newest complete checkpoint in `output.directory`, exactly as if never stopped.
+
+    `iteration`: go back to that checkpoint instead; what came after it is set aside.
 
     Raises as `train`; also ValueError if there is no such checkpoint, or if the settings, model or
     data are not those of the run.
@@ -78,8 +83,11 @@ def resume(config: Config) -> TrainResult:
     check_trackers(config)
     run = Path(config.output.directory)
     accelerator = join_processes(config.training.mixed_precision)
-    newest = int(newest_complete(run).name) if accelerator.is_main_process else 0
-    checkpoint = run / CHECKPOINTS / f"{largest(newest, accelerator.device):06d}"
+    chosen = 0
+    if accelerator.is_main_process:
+        found = newest_complete(run) if iteration is None else complete_at(run, iteration)
+        chosen = int(found.name)
+    checkpoint = run / CHECKPOINTS / f"{largest(chosen, accelerator.device):06d}"
     state = read_state(checkpoint)
     check_config(state, config, run)
     if state["iteration"] == config.training.iterations and (run / LORA_FILE).exists():
@@ -87,14 +95,25 @@ def resume(config: Config) -> TrainResult:
             f"The run in {run} is complete: {run / LORA_FILE} has its {state['iteration']} "
             "iterations. Set --training.iterations higher to train on."
         )
-    return _train(config, accelerator, checkpoint)
+    return _train(config, accelerator, checkpoint, goes_back=iteration is not None)
 
 
 @telling_of_lost_processes()
-def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) -> TrainResult:
+def _train(
+    config: Config, accelerator: Accelerator, checkpoint: Path | None, *, goes_back: bool = False
+) -> TrainResult:
     check_sharding(config)
+    processes, parts = int(accelerator.num_processes), config.training
+    log.info(  # at the start: a launcher may have started fewer than was meant
+        "%d process%s on %s: global batch %d = %d x batch_size %d x gradient_accumulation_steps %d",
+        *(processes, "es" if processes > 1 else "", accelerator.device.type),
+        processes * parts.batch_size * parts.gradient_accumulation_steps,
+        *(processes, parts.batch_size, parts.gradient_accumulation_steps),
+    )
     directory = Path(config.output.directory)
-    check_sources(config.data)
+    check_inputs(config, warm=checkpoint is None)
+    if config.data.cache is not None and accelerator.is_main_process:
+        _check_freshness(config, resumed=checkpoint is not None)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
     unet = build_trainable_unet(  # before data is read for nothing
@@ -111,18 +130,28 @@ def _train(config: Config, accelerator: Accelerator, checkpoint: Path | None) ->
         restore(trainer, checkpoint, read_state(checkpoint))
         log.info("going on from %s", checkpoint)
     if accelerator.is_main_process:
+        if goes_back and (later := set_aside(directory, trainer.iteration)) is not None:
+            log.info("what the run made after iteration %d is now in %s", trainer.iteration, later)
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, to_toml(config))
-    log.info(
-        "global batch %d = processes %d x batch_size %d x gradient_accumulation_steps %d",
-        *(trainer.global_batch, accelerator.num_processes),
-        *(config.training.batch_size, config.training.gradient_accumulation_steps),
-    )
     trainer.run()
     trainer.export(directory / LORA_FILE)
     wait_for_all(accelerator.device)
     leave_processes()
     return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)
+
+
+def _check_freshness(config: Config, *, resumed: bool) -> None:
+    """ValueError for a cache older than its sources: days of training on old captions are lost.
+
+    A run that goes on has trained on what was prepared, and stays what it is.
+    """
+    changes = changed_sources(config)
+    if changes is None:
+        return
+    if not resumed:
+        raise ValueError(f"{changes}; {AGAIN}, which encodes only what changed.")
+    log.warning("%s: the run goes on with what was prepared then", changes)
 
 
 def build_trainer(

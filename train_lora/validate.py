@@ -1,7 +1,7 @@
 """Validation: the same prompts and noise through teacher and student, as pictures and figures.
 
-Every process runs the networks, since their weights may be spread over all of them; the main one
-decodes, measures and draws. Nothing here changes the training: no random state, no weights.
+The processes share the sampling; the main one decodes, measures and draws. Nothing here changes the
+training: no random state, no weights.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from .average import WeightAverage
 from .config import Config
 from .data.training_data import encode_captions
 from .distill import Distiller
-from .distributed import largest
+from .distributed import largest, shared_out
 from .metrics.diversity import diversity
 from .metrics.looks import energy_distance, looks, ratio, statistics_distance, thumbnails
 from .models.roles import STUDENT, TEACHER
 from .models.safetensors_io import read_safetensors, write_safetensors
+from .models.text import LATENT_PX
 from .panels import COLUMNS, panel_rows
 from .pictures import labelled_grid
-from .sampling import TEACHER_STEPS, decode_latents, sample_latents
+from .sampling import TEACHER_STEPS, decode_latents, rows_at_once, sample_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +114,7 @@ class Validation:
                 latents[chosen],
                 self.condition[chosen],
                 seed=self.config.validation.seed,
-                chunk=self.config.training.batch_size,
+                piece_rows=self._piece_rows,
             )
         if not self.is_main_process:
             return None
@@ -153,12 +154,25 @@ class Validation:
         return tensors["latents"] if metadata.get("made_for") == self.stamp else None
 
     def _draw(self, role: str, plan: StepPlan, **options: float) -> Tensor:
-        """Latents (P * S, 4, H/8, W/8) on the CPU."""
-        latents = sample_latents(
-            self.distiller.unet, role, self.distiller.components, self.condition, plan,
-            seed=self.config.validation.seed, **options,
-        )  # fmt: skip
-        return latents.cpu()
+        """Latents (P * S, 4, H/8, W/8) on the CPU, in all processes, which share the work."""
+        unet, count, rows = self.distiller.unet, len(self.condition), self._piece_rows
+
+        def draw(piece: slice) -> Tensor:
+            return sample_latents(
+                unet, role, self.distiller.components, self.condition[piece], plan,
+                seed=self.config.validation.seed, first_index=piece.start, **options,
+            )  # fmt: skip
+
+        pieces = [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
+        into = torch.zeros(self.condition.latent_shape(), device=self.condition.hidden.device)
+        return shared_out(pieces, draw, into, together=unet.needs_all_processes).cpu()
+
+    @property
+    def _piece_rows(self) -> int:
+        """How many pictures a process makes together, whatever the number of processes: the last
+        bits depend on it."""
+        _, _, height, width = self.condition.latent_shape()
+        return rows_at_once(LATENT_PX * height, LATENT_PX * width)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] on the CPU."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 
+from train_lora import model_setup
+from train_lora.config import Config
 from train_lora.models.components import Components
 from train_lora.models.text import Condition, size_ids
 
-from .tiny import random_components
+from .picture_files import captioned_folder
+from .prepared import PICTURES
+from .tiny import demo_config, random_components
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +60,39 @@ def make_inputs() -> Callable[..., tuple[torch.Tensor, torch.Tensor, Condition]]
         )
         x_t = torch.randn(num, 4, 16, 16, generator=generator)
         return x_t, torch.arange(100, 100 + 300 * num, 300), condition
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch, shared_components: Components) -> None:
+    """The embedded teacher's place is taken by the same networks with random weights."""
+    PartialState(cpu=True)
+    monkeypatch.setattr(model_setup, "load_model", lambda config, device: shared_components)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of captioned pictures of two shapes."""
+    return captioned_folder(tmp_path / "photos", PICTURES)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of seven prompts."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"a scene number {number}" for number in range(7)))
+    return path
+
+
+@pytest.fixture
+def data_config(tmp_path: Path, photos: Path, prompts: Path) -> Callable[..., Config]:
+    """Makes a config for these data with a cache; `section__key=value` overrides, None for none."""
+
+    def make(**overrides: Any) -> Config:
+        paths = {"data__prompts": prompts, "data__real_images": photos}
+        options = {"data__cache": tmp_path / "cache", "training__batch_size": 3}
+        given = paths | options | overrides
+        return demo_config(tmp_path / "run", **{k: v for k, v in given.items() if v is not None})
 
     return make

@@ -6,16 +6,21 @@ Leaves a run in FOLDER/run, and what this process has seen in FOLDER/RANK.json.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.train.tiny import SMALL, demo_config, real_latents, small_trainer
 from train_lora.checkpoint import read_state, restore, tensors_of
 from train_lora.loop import Trainer
 from train_lora.sharding import check_sharding, local
+from train_lora.stop import TrainingStopped
 
 FULL = {
     "student__kind": "full",
@@ -46,6 +51,23 @@ def iterate(trainer: Trainer, count: int) -> list[float]:
     return norms
 
 
+def stopped_in_iteration(trainer: Trainer, iteration: int, *, by_this_process: bool) -> str:
+    """What `run` says when one process gets SIGTERM while that iteration computes."""
+
+    def send(*_: object) -> None:
+        if by_this_process and trainer.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = trainer.critic.optimizer.register_step_pre_hook(send)
+    try:
+        trainer.run()
+    except TrainingStopped as stop:
+        return str(stop)
+    finally:
+        hook.remove()
+    return ""
+
+
 def own_state(trainer: Trainer) -> dict[str, Tensor]:
     """All that this process holds of the training, as copies."""
     return {
@@ -59,6 +81,13 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """Names of what is not equal bit for bit."""
     assert set(one) == set(other)
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def draw(trainer: Trainer) -> Tensor:
+    """Validation's latents, in three pieces: one of two processes draws one of them in vain."""
+    rows = -(-len(trainer.validation.condition) // 3)
+    with mock.patch("train_lora.validate.rows_at_once", return_value=rows):
+        return trainer.validation._draw("student", trainer.distiller.plan)
 
 
 def refusal(**changes: str) -> str:
@@ -83,9 +112,13 @@ def main(folder: Path) -> None:
             refusal(training__compile="true"),
             refusal(),
         ],
-        "norms": iterate(trainer, 1) + iterate(trainer, 1) + iterate(trainer, 2),
+        "norms": iterate(trainer, 1) + iterate(trainer, 1),
+        "stopped": stopped_in_iteration(trainer, 3, by_this_process=rank == 1),
     }
     trainer.export(folder / "run" / "lora.safetensors")
+    latents = draw(trainer)
+    if rank == 0:
+        save_file({"latents": latents}, folder / "drawn.safetensors")
 
     resumed = full_trainer(folder, 1, 2)
     checkpoint = folder / "run" / "checkpoints" / "000002"

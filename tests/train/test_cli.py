@@ -52,6 +52,9 @@ def failure(capsys, *argv: str) -> str:
         (["distil"], "'distil'"),
         (["train"], "model.path is not set"),
         (["train", "--config", "nothing.toml"], "nothing.toml does not exist"),
+        (["train", "--preset", "demo", "--model.path", "m.safetensors"], "m.safetensors does not"),
+        (["train", "--preset", "demo", "--student.init", "lora"], "'lora', which does not exist"),
+        (["prepare", "--preset", "demo", "--data.prompts", "p.txt"], "'p.txt', which does not"),
         (["train", "--preset", "demo", "--itertions", "3"], "--training.iterations"),
         (["train", "--preset", "demo", "--iterations", "none"], "'none'; set it to a whole number"),
         (["train", "--preset", "demo", "--iterations", "-1"], "training.iterations is -1"),
@@ -169,6 +172,8 @@ def test_config_show_and_keys(capsys):
     assert cli.main(["config", "--show", "--preset", "demo", "--iterations", "3"]) == 0
     shown = capsys.readouterr().out
     assert any(line.split() == ["iterations", "=", "3", "#", "cli"] for line in shown.splitlines())
+    assert cli.main(["config", "--show", "--preset", "sdxl-4step"]) == 0
+    assert "# prompts = ...                           # required\n" in capsys.readouterr().out
     assert cli.main(["config", "--keys"]) == 0
     assert "--training.iterations" in capsys.readouterr().out
 
@@ -225,11 +230,14 @@ def test_help_exits_cleanly(capsys, argv):
 
 
 def test_start_up_imports_only_the_standard_library():
-    """Importing torch alone takes seconds; help, a wrong option and a shown config take none."""
+    """Importing torch alone takes seconds; help, a wrong option and a shown config take none, nor
+    does a file that is not there."""
     code = (
         "import sys; before = set(sys.modules)\n"
         "from train_lora import cli\n"
         "assert cli.main(['config', '--show', '--preset', 'demo']) == 0\n"
+        "absent = ['--preset', 'demo', '--model.path', 'absent.safetensors', '--directory', 'x']\n"
+        "assert cli.main(['train', *absent]) == cli.main(['prepare', *absent]) == 2\n"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "foreign = loaded - set(sys.stdlib_module_names) - {'train_lora'}\n"
         "sys.exit(f'imported: {sorted(foreign)}' if foreign else 0)\n"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from train_lora.models import hub
-from train_lora.models.hub import is_hub_id, wanted_files
+from train_lora.models.hub import wanted_files
 from train_lora.models.loading import load_components
+from train_lora.models.places import is_hub_id
 from train_lora.models.saving import save_diffusers_folder
 
 

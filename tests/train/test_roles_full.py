@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from train_lora.models.roles import CRITIC, STUDENT, TEACHER, FullSpec, LoraSpec, SharedUNet
 
 LORA = LoraSpec(rank=2, alpha=2)
+with_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 def shared_unet(components, **roles) -> SharedUNet:
@@ -97,13 +101,17 @@ def test_a_copys_state_is_its_weights(both, components, make_inputs):
         other.load_role_state_dict(CRITIC, both.role_state_dict(STUDENT))
 
 
-def test_copies_keep_float32_over_a_lower_base(components, make_inputs):
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("4bit", marks=with_bitsandbytes)])
+def test_copies_keep_float32_over_a_lower_base(components, make_inputs, precision):
     original = components.unet.conv_out.weight.clone()
-    unet = SharedUNet(
-        components.unet, {STUDENT: FullSpec(), CRITIC: LORA}, seed=3, precision="bf16"
-    )
+    specs = {STUDENT: FullSpec(), CRITIC: LORA}
+    unet = SharedUNet(components.unet, specs, seed=3, precision=precision, autocast=torch.bfloat16)
+    unet.to("cpu")  # quantised weights shrink here
     assert unet.unet.conv_in.weight.dtype == torch.bfloat16
     assert {weight.dtype for weight in unet.parameters_of(STUDENT)} == {torch.float32}
     assert torch.equal(unet.copies[STUDENT].conv_out.weight, original)  # not rounded on the way
     with torch.no_grad(), unet.role(STUDENT):
         assert unet(*make_inputs()).dtype == torch.float32
+    with unet.role(CRITIC):  # on the base, with the copy beside it
+        unet(*make_inputs()).square().mean().backward()
+    assert any(weight.grad.abs().max() > 0 for weight in unet.parameters_of(CRITIC))

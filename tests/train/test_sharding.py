@@ -20,7 +20,7 @@ from train_lora.checkpoint import read_state, restore
 from train_lora.sharding import clip_gradients
 
 from .launching import LAUNCHER, PAIR, PATIENCE_SECONDS, finish, started, wait_for, workers_of
-from .sharding_worker import full_trainer, iterate
+from .sharding_worker import draw, full_trainer, iterate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -88,11 +88,20 @@ def test_each_process_holds_half_of_the_weights(seen: list[dict[str, Any]]) -> N
     assert sum(result["elements_held"] for result in seen) == seen[0]["elements"]
 
 
+def test_a_signal_to_one_process_lets_both_save_and_leave(
+    pair: Path, seen: list[dict[str, Any]]
+) -> None:
+    """What they save is compared with a run that goes on, below."""
+    for result in seen:
+        assert "stopped by SIGTERM after iteration 4 and saved" in result["stopped"]
+    assert (pair / "run" / "checkpoints" / "000004" / "manifest.json").is_file()
+
+
 def test_a_resumed_pair_has_the_same_bits(seen: list[dict[str, Any]]) -> None:
     assert [result["different_when_resumed"] for result in seen] == [[], []]
 
 
-def test_one_process_goes_on_from_two_and_exports_the_same_files(
+def test_one_process_goes_on_from_two_draws_and_exports_the_same(
     pair: Path, tmp_path: Path
 ) -> None:
     trainer = full_trainer(tmp_path, 4, 1)
@@ -103,6 +112,7 @@ def test_one_process_goes_on_from_two_and_exports_the_same_files(
         ours, theirs = load_file(tmp_path / name), load_file(pair / "run" / name)
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert torch.equal(draw(trainer), load_file(pair / "drawn.safetensors")["latents"])
 
 
 def test_what_is_not_finite_in_one_process_is_skipped_by_both(seen: list[dict[str, Any]]) -> None:

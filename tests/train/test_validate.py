@@ -118,9 +118,11 @@ def test_the_teacher_is_drawn_once_for_a_run(trainer: Trainer) -> None:
     assert other._kept(file) is None
 
 
-def test_chunks_of_the_training_batch_draw_the_same_pictures(trainer: Trainer) -> None:
+def test_other_pieces_draw_the_same_pictures(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = again(trainer)._draw("student", trainer.distiller.plan)
-    object.__setattr__(trainer.config.training, "batch_size", 4)
+    monkeypatch.setattr("train_lora.validate.rows_at_once", lambda *_: 4)
     other = again(trainer)._draw("student", trainer.distiller.plan)
     # Kernels differ with the batch in the last bits; the noise does not.
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
@@ -132,7 +134,7 @@ def test_panels_show_what_teacher_and_critic_make_of_the_same_noised_samples(
     distiller = trainer.distiller
     condition = trainer.validation.condition[:3]
     x0 = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(4))
-    rows = dict(panel_rows(distiller, x0, condition, seed=5, chunk=2))
+    rows = dict(panel_rows(distiller, x0, condition, seed=5, piece_rows=2))
     assert panel_timesteps(distiller) == [260, 500, 740]
     assert torch.equal(rows.pop("student's sample"), x0)
     assert len(rows) == 6

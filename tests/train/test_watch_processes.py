@@ -1,4 +1,4 @@
-"""Two real processes: records are means of both, validation is drawn by both and kept by one."""
+"""Two real processes: records are means of both, validation is shared by both and kept by one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def test_records_and_validation_of_two_processes(tmp_path: Path) -> None:
     assert first["means"] == second["means"] == {"loss": pytest.approx(18 / 5), "rare": 5.0}
     assert first["results"] == [True, True, True]
     assert second["results"] == [False, False, False]
+    # Of the latents, 3 pieces of 4 passes each; of the panels, 3 timesteps x 2 pieces of a pass of
+    # teacher and critic each.
+    assert first["passes"] == [2 * 4 + 3 * 2, 3 * 4 + 6 * 2]
+    assert second["passes"] == [1 * 4 + 3 * 2, 3 * 4 + 6 * 2]
+    assert first["different"] == second["different"] == []
     assert first["saved"] == second["saved"] == 3
     assert first["weights"] == second["weights"]
 

@@ -126,25 +126,31 @@ def write_json(path: Path, content: object) -> None:
     partial.replace(path)
 
 
+def read_complete(folder: Path) -> dict[str, Any]:
+    """The manifest; ValueError for a cache that is missing, or whose preparation was stopped."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{KEY} {str(folder)!r} holds nothing yet; {AGAIN.replace(' again', '')}.")
+    if not manifest["complete"]:
+        raise ValueError(
+            f"{KEY} {str(folder)!r} is incomplete, its preparation was stopped; {AGAIN}, "
+            "it goes on where it stopped."
+        )
+    return manifest
+
+
 def open_cache(
     config: Config, components: Components
 ) -> tuple[ShardTable | None, dict[Size, ShardTable]]:
     """The prompts (None if the text is encoded online) and the pictures of each size.
 
     ValueError for a cache that is missing, incomplete, damaged, or of another model or settings.
-    What was prepared is not compared with its sources, which need not be on this machine.
+    What was prepared is not compared with its sources here; see freshness.py.
     """
     assert config.data.cache is not None
     folder = Path(config.data.cache)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ValueError(f"{KEY} {str(folder)!r} holds nothing yet; {AGAIN.replace(' again', '')}.")
+    manifest = read_complete(folder)
     check_identity(folder, manifest, model_identity(components), settings_of(config))
-    if not manifest["complete"]:
-        raise ValueError(
-            f"{KEY} {str(folder)!r} is incomplete, its preparation was stopped; {AGAIN}, "
-            "it goes on where it stopped."
-        )
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["num_bytes"]:

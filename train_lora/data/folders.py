@@ -13,9 +13,24 @@ from .samples import BadSampleError, Sample, checked_caption, file_stamp, raisin
 METADATA = "metadata.jsonl"
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder` in the order of their names; hidden ones are none."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def picture_files(folder: Path) -> list[Path]:
     """All pictures below `folder` in the order of their names; hidden files are none."""
-    return [path for path in _visible_files(folder) if path.suffix.lower() in SUFFIXES]
+    return [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def captioned_files(folder: Path) -> list[Path]:
+    """All pictures and .txt files below `folder`."""
+    return [path for path in visible_files(folder) if path.suffix.lower() in (*SUFFIXES, ".txt")]
 
 
 def captioned_folder(folder: Path) -> Iterator[Sample]:
@@ -23,7 +38,7 @@ def captioned_folder(folder: Path) -> Iterator[Sample]:
 
     A .txt file without picture is a bad sample as well: something is misnamed or lost.
     """
-    files = _visible_files(folder)
+    files = captioned_files(folder)
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     stems = {path.with_suffix("") for path in pictures}
     for path in pictures:
@@ -97,12 +112,3 @@ def _described(path: Path, caption: object, place: str) -> Sample:
         return open_picture(path, str(path)), text
 
     return Sample(name=str(path), stamp=lambda: f"{file_stamp(path)} {caption!r}", load=load)
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )

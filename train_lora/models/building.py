@@ -13,12 +13,11 @@ from torch import Tensor
 
 from .components import Kind
 from .markers import Statement
+from .places import REMEDY
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-REMEDY = "give an SDXL or SD1.5 checkpoint (.safetensors), or a diffusers folder of one"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from .building import first_line
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 _FILES = ["model_index.json", *(f"{folder}/*.json" for folder in _FOLDERS)]
 _WEIGHTS = [f"{folder}/*.safetensors" for folder in _FOLDERS]
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` reads like "org/name" and not like a path."""
-    looks_like_a_file = name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
-    return bool(_HUB_ID.fullmatch(name)) and not looks_like_a_file
 
 
 def snapshot(repository: str) -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .building import REMEDY
 from .components import Components
 from .folder import load_folder
-from .hub import is_hub_id, snapshot
+from .hub import snapshot
 from .markers import PredictionChoice, resolve
+from .places import REMEDY, check_model_path, is_hub_id
 from .single_file import load_single_file
 from .text import encoded
 from .tokenizer import MAX_TOKENS, NUM_TOKENS, build_tokenizers
@@ -32,13 +32,12 @@ def load_components(
     Both forms use the tokenizer of this package. `prediction`: see `markers.resolve`.
     """
     name = str(path)
+    check_model_path(name)
     if not Path(path).exists() and is_hub_id(name):
         found, name = snapshot(name), name.rpartition("/")[2]
     else:
         found = Path(path)
         name = found.resolve().name.removesuffix(".safetensors")
-    if not found.exists():
-        raise ValueError(f"{path} does not exist: {REMEDY}")
     loaded = (load_folder if found.is_dir() else load_single_file)(found, dtype)
     kind_of_prediction, schedule = resolve(Path(path), loaded.statements, prediction)
     _check_text_encoders(found, loaded.text_encoders)

@@ -1,0 +1,44 @@
+"""Whether the files that a configuration names are there: looked at before the slow imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import Config
+from .data.rows import HUB
+from .models.places import check_model_path
+
+
+def check_inputs(config: Config, *, warm: bool) -> None:
+    """ValueError for a model, LoRA, prompts or pictures that do not exist.
+
+    `warm`: whether the student will start from `student.init`, where that is set.
+    """
+    check_model(config)
+    init = config.student.init
+    if warm and init is not None and not Path(init).exists():
+        raise ValueError(
+            f"student.init is {init!r}, which does not exist; name a LoRA file, or leave it out."
+        )
+    if config.data.cache is None:  # else it holds their content, perhaps on another machine
+        check_data(config)
+
+
+def check_model(config: Config) -> None:
+    if config.model.path != "demo":
+        check_model_path(config.model.path)
+
+
+def check_data(config: Config) -> None:
+    sources = {"data.prompts": config.data.prompts}
+    if config.needs_real_images:
+        assert config.data.real_images is not None
+        sources["data.real_images"] = config.data.real_images
+    for key, source in sources.items():
+        if source in ("demo", "teacher") or source.startswith(HUB):
+            continue
+        if not Path(source).exists():
+            raise ValueError(
+                f"{key} is {source!r}, which does not exist; name a file or folder, or write "
+                "hub:OWNER/NAME for a dataset of the Hugging Face hub."
+            )
