@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .cli_evaluate import add_evaluate
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
 from .output import check_output_directory, run_and_iteration
@@ -89,6 +90,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_export(commands)
+    add_evaluate(commands)
     _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)

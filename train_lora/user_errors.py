@@ -10,6 +10,7 @@ TRAIN_LIBRARIES = (
     *("psutil", "tensorboard", "torch", "tqdm", "transformers"),
 )
 DATA_LIBRARIES = ("datasets", "pyarrow")
+METRIC_LIBRARIES = ("torch_fidelity", "torchmetrics", "torchvision")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,6 +28,11 @@ def user_sentence(error: Exception) -> str | None:
         return (
             f"The library {error.name}, which reads this kind of data, is not installed; "
             "install it: pip install '.[data]' -c constraints.txt."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in METRIC_LIBRARIES:
+        return (
+            f"The library {error.name}, which this metric needs, is not installed; "
+            "install it: pip install '.[metrics]' -c constraints.txt."
         )
     if isinstance(error, OSError):
         return _of_the_system(error)

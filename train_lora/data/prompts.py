@@ -77,11 +77,21 @@ def _of_dataset(settings: DataConfig) -> Iterable[Any]:
     return (row[column] for row in dataset.select_columns([column]))
 
 
-def _lines(path: Path) -> list[str]:
+def read_prompt_lines(path: Path, key: str) -> list[str]:
+    """The lines of a text file without blank ends; empty ones are skipped. `key`: for errors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{key} is {str(path)!r}, which is no file; name a .txt file.")
+    prompts = [text.strip() for text in _lines(path, key) if text.strip()]
+    if not prompts:
+        raise ValueError(f"{key} {str(path)!r} has no prompt; write at least one.")
+    return prompts
+
+
+def _lines(path: Path, key: str = KEY) -> list[str]:
     try:
         return path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{KEY} {str(path)!r} is not UTF-8 text (line {line}); save it as UTF-8."
+            f"{key} {str(path)!r} is not UTF-8 text (line {line}); save it as UTF-8."
         ) from error

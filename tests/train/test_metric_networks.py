@@ -1,0 +1,185 @@
+"""LPIPS, CLIP score, Inception features, precision and recall against other implementations.
+
+The networks have random weights of their true structure: what is compared is the computation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchmetrics.functional.image.lpips import _LPIPS
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
+
+from train_lora.metrics.clip import PREFIX, load_clip
+from train_lora.metrics.features import load_extractor
+from train_lora.metrics.lpips import load_lpips
+from train_lora.metrics.picture_folder import pixels, scaled_to, square
+from train_lora.metrics.precision_recall import precision_recall
+from train_lora.metrics.weights import read_weights
+from train_lora.models.tokenizer import build_tokenizers
+
+CPU = torch.device("cpu")
+
+
+def random_picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (height * width * 3,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes("RGB", (width, height), noise.numpy().tobytes())
+
+
+def alexnet_file(folder: Path) -> Path:
+    """torchvision's AlexNet with random weights, its large head cut off."""
+    path = folder / "alexnet.pth"
+    with torch.random.fork_rng(), torch.device("meta"):
+        names = torchvision.models.alexnet().features.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"features.{name}": torch.randn(value.shape, generator=generator)
+        * (0.05 if value.ndim > 1 else 0.1)
+        for name, value in names.items()
+    }
+    torch.save(weights, path)
+    return path
+
+
+def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
+    path = alexnet_file(tmp_path)
+    ours = load_lpips(path)
+    theirs = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
+    weights = torch.load(path, weights_only=True)
+    for stage in (
+        theirs.net.slice1,
+        theirs.net.slice2,
+        theirs.net.slice3,
+        theirs.net.slice4,
+        theirs.net.slice5,
+    ):
+        stage.load_state_dict({name: weights[f"features.{name}"] for name in stage.state_dict()})
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(4, 3, 72, 64, generator=generator) * 2 - 1
+    expected = theirs(images[:2], images[2:]).flatten()
+    assert expected.min() > 0.01
+    # The same sums in another order, in float32.
+    assert torch.allclose(ours(images[:2], images[2:]), expected, rtol=1e-5)
+    assert ours(images, images).abs().max() == 0
+    pairs = [
+        theirs(images[i : i + 1], images[j : j + 1]) for i in range(3) for j in range(i + 1, 3)
+    ]
+    assert ours.diversity(images[:3]) == pytest.approx(float(torch.cat(pairs).mean()), rel=1e-5)
+
+
+def test_lpips_gives_gradients_to_pictures_alone(tmp_path: Path) -> None:
+    network = load_lpips(alexnet_file(tmp_path))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 64, 64, generator=generator).requires_grad_()
+    network(images[:1], images[1:]).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_precision_and_recall_are_torch_fidelitys() -> None:
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(150, 6, generator=generator, dtype=torch.float64) * 0.7
+    real = torch.randn(220, 6, generator=generator, dtype=torch.float64) + 0.3
+    theirs = prc_features_to_metric(made, real, verbose=False)
+    precision, recall = precision_recall(made, real)
+    assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert precision > recall + 0.1  # narrower than the real ones: the two differ
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)
+
+
+def test_inception_is_read_from_a_file_without_unpickling_it(tmp_path: Path) -> None:
+    """As torch-fidelity's own extractor on the same file; that one accepts any pickle."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    blank = object.__new__(FeatureExtractorInceptionV3)  # its structure, before weights are read
+    with pytest.raises(FileNotFoundError), torch.device("meta"):
+        blank.__init__("blank", ["2048"], str(tmp_path / "none.pth"))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, value in blank.state_dict().items():
+        if name.endswith(("running_var", "bn.weight")):
+            weights[name] = torch.ones(value.shape)
+        elif value.ndim > 1:
+            deviation = (2 / value[0].numel()) ** 0.5  # keeps the signal's size
+            weights[name] = torch.randn(value.shape, generator=generator) * deviation
+        else:
+            weights[name] = torch.zeros(value.shape, dtype=value.dtype)
+    path = tmp_path / "inception.pth"
+    torch.save(weights, path)
+    extractor = load_extractor(str(path), CPU)
+    batch = torch.stack([pixels(scaled_to(square(random_picture(0), None), extractor.side_px))])
+    features = extractor.features(batch)
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], str(path))
+    assert torch.equal(features, theirs(batch)[0])
+    assert features.shape == (1, extractor.width)
+    assert features.std() > 0
+
+
+def clip_folder(folder: Path) -> Path:
+    """A tiny CLIP with random weights and everything that a published one has beside it."""
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=49408, eos_token_id=49407, bos_token_id=49406, pad_token_id=49407,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        model = CLIPModel(config)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, build_tokenizers(1)[0]).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_torchmetrics(tmp_path: Path) -> None:
+    from torchmetrics.functional.multimodal import clip_score
+
+    folder = clip_folder(tmp_path / "openai")  # theirs takes no other names
+    captions = ["a red fox in snow", "an old sailor, portrait, oil on canvas"]
+    pictures = [random_picture(3), random_picture(4, 64, 64)]
+    ours = load_clip(str(folder), CPU).scores(pictures, captions)
+    assert ours.shape == (2,)
+    for picture, caption, score in zip(pictures, captions, ours.tolist(), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what their library has to say is not ours to test
+            theirs = clip_score(pixels(picture), PREFIX + caption, model_name_or_path=str(folder))
+        # Theirs has a floor of 0 and counts to 100.
+        assert max(score, 0) == pytest.approx(float(theirs) / 100, abs=1e-5)
+    assert ours.max() > 0.01
+
+
+def test_a_weights_file_may_hold_nothing_but_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"w": torch.zeros(1), "extra": Path("x")}, path)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        read_weights(path, "--lpips", "there")
+    torch.save({"w": torch.zeros(1), "epoch": 3}, path)
+    with pytest.raises(ValueError, match="not a table of tensors"):
+        read_weights(path, "--lpips", "there")
+    with pytest.raises(ValueError, match=r"Nothing is downloaded here: get it from there"):
+        read_weights(tmp_path / "none.pth", "--lpips", "there")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, path)
+    with pytest.raises(ValueError, match="holds another network"):
+        load_lpips(path)

@@ -1,0 +1,211 @@
+"""A model, prompts and seeds to a folder of pictures: resumable, and shared by all processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dmd2_core import StepPlan
+
+from .checkpoint_store import write_text
+from .data.folders import METADATA
+from .data.samples import file_stamp
+from .distributed import wait_for_all
+from .models.placement import place
+from .models.places import check_model_path
+from .models.roles import STUDENT, TEACHER, SharedUNet
+from .models.text import LATENT_PX
+from .output import check_output_directory, writing
+from .pictures import to_picture
+from .sampling import TEACHER_STEPS, decode_latents, rows_at_once, sample_latents
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .models.components import Components
+
+SETTINGS_FILE, PICTURES = "settings.json", "pictures"
+DEMO = "demo"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderRequest:
+    """What to draw, and by whom: the teacher, or the student where there is a LoRA."""
+
+    model: str
+    """A file, a diffusers folder, a hub id or "demo"."""
+    lora: str | None
+    prompts: tuple[str, ...]
+    per_prompt: int
+    seed: int
+    steps: int | None
+    """None: 50 for the teacher, what the LoRA's recipe says for the student."""
+    guidance: float | None
+    """Of the teacher; None for the student, which has it built in."""
+    size_px: int | None
+    """Side of the square pictures; None: what the model was made for."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_prompt", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; set it to at least 1.")
+        if self.guidance is not None and self.guidance < 1:
+            raise ValueError(f"--guidance is {self.guidance}; set it to at least 1.")
+        if self.size_px is not None and (self.size_px < LATENT_PX or self.size_px % LATENT_PX):
+            raise ValueError(
+                f"--size-px is {self.size_px}; set it to a positive multiple of {LATENT_PX}."
+            )
+        if (self.lora is None) != (self.guidance is not None):
+            raise ValueError(
+                "--guidance is the teacher's, and needed for it: give it without --lora (SDXL: 6 "
+                "to 8), leave it out with one, whose guidance is built in."
+            )
+        if self.model != DEMO:
+            check_model_path(self.model)
+        if self.lora is not None and not Path(self.lora).is_file():
+            raise ValueError(f"--lora is {self.lora!r}, which is no file; name a LoRA.")
+
+    @property
+    def captions(self) -> list[str]:
+        """One for each picture: all of the first prompt, then of the second."""
+        return [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
+
+    def settings(self) -> dict[str, object]:
+        """What decides how the pictures look; equal settings may share a folder."""
+        found: dict[str, object] = asdict(self)
+        text = "\n".join(self.prompts).encode()
+        found["prompts"] = f"{len(self.prompts)}, sha256 {hashlib.sha256(text).hexdigest()}"
+        found["files"] = file_stamp(*(Path(p) for p in (self.model, self.lora) if p is not None))
+        return found
+
+
+def picture_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def render(request: RenderRequest, out: Path, accelerator: Accelerator) -> Path:
+    """The folder of pictures below `out`, with metadata.jsonl; draws those that it lacks.
+
+    Picture i has the noise of (seed, i): each process takes its share, and what an earlier,
+    interrupted call with the same settings has drawn stays. All processes call this alike.
+    """
+    check_rendering(request, out)
+    folder = out / PICTURES
+    captions = request.captions
+    wait_for_all(accelerator.device)  # nobody writes before all have looked
+    if accelerator.is_main_process and not (out / SETTINGS_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = (
+            json.dumps({"file_name": picture_name(i), "text": text}, ensure_ascii=False) + "\n"
+            for i, text in enumerate(captions)
+        )
+        write_text(folder / METADATA, "".join(rows))
+        settings = json.dumps(request.settings(), indent=2) + "\n"
+        write_text(out / SETTINGS_FILE, settings)  # last: it says that the rest is there
+    missing = [i for i in range(len(captions)) if not (folder / picture_name(i)).is_file()]
+    wait_for_all(accelerator.device)  # all have the same list
+    if missing:
+        _draw(request, missing, folder, accelerator)
+    wait_for_all(accelerator.device)
+    return folder
+
+
+def check_rendering(request: RenderRequest, out: Path) -> None:
+    """ValueError unless `out` is empty or holds pictures of these settings."""
+    file = out / SETTINGS_FILE
+    if not file.is_file():
+        if not _only_begun(out):
+            check_output_directory(out, "--out")
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in request.settings().items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"--out {str(out)!r} holds pictures of other settings ({name}: "
+                f"{there.get(name)!r}, now {value!r}); name another folder, or give the same settings to go on."
+            )
+
+
+def _only_begun(out: Path) -> bool:
+    """Whether an interrupted call has left nothing but an incomplete start."""
+    return (
+        out.is_dir()
+        and {path.name for path in out.iterdir()} == {PICTURES}
+        and not any((out / PICTURES).glob("*.png"))
+    )
+
+
+def _draw(
+    request: RenderRequest, missing: Sequence[int], folder: Path, accelerator: Accelerator
+) -> None:
+    from tqdm import tqdm
+
+    from .data.encode import encode_captions
+
+    components = _load(request, accelerator.device)
+    unet, plan = _network(request, components)
+    place(components, accelerator.device)
+    role = TEACHER if request.lora is None else STUDENT
+    size_px = request.size_px or LATENT_PX * int(components.unet.config["sample_size"])
+    captions, rows = request.captions, rows_at_once(size_px, size_px)
+    runs = _runs(missing, rows)
+    mine = runs[accelerator.process_index :: accelerator.num_processes]
+    for run in tqdm(mine, desc="drawing", disable=not accelerator.is_main_process):
+        condition = encode_captions(components, [captions[i] for i in run], size_px)
+        latents = sample_latents(
+            unet, role, components, condition, plan, seed=request.seed, first_index=run[0],
+            guidance=request.guidance or 1.0, strength=0.0 if request.lora is None else 1.0,
+        )  # fmt: skip
+        for number, image in zip(run, decode_latents(components, latents), strict=True):
+            _write_picture(folder / picture_name(number), image)
+
+
+def _runs(missing: Sequence[int], longest: int) -> list[list[int]]:
+    """Successive numbers together, at most `longest` of them."""
+    runs: list[list[int]] = []
+    for number in missing:
+        if runs and runs[-1][-1] + 1 == number and len(runs[-1]) < longest:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def _load(request: RenderRequest, device: torch.device) -> Components:
+    if request.model == DEMO:
+        from .demo.teacher import load_teacher
+
+        return load_teacher()
+    from .models.loading import load_components
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return load_components(request.model, dtype=dtype)
+
+
+def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, StepPlan]:
+    if request.lora is None:
+        plan = StepPlan.evenly(request.steps or TEACHER_STEPS)
+        return SharedUNet(components.unet, {}, seed=0), plan
+    from .export import shared_unet_with_lora
+
+    unet, recipe = shared_unet_with_lora(components.unet, request.lora)
+    if request.steps is not None:
+        return unet, StepPlan.evenly(request.steps)
+    if recipe is None:
+        raise ValueError(f"--lora {request.lora!r} does not say its steps; give --steps (4, say).")
+    return unet, recipe.plan()
+
+
+def _write_picture(path: Path, image: torch.Tensor) -> None:
+    """Whole or not at all; a file that begins with a dot is no picture."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        to_picture(image).save(partial, "PNG")
+        partial.replace(path)
