@@ -22,6 +22,13 @@ def without_room(argv: Sequence[str]) -> int:
     return cli.main(argv)
 
 
+def each_of(commands: Sequence[Sequence[str]]) -> int:
+    """The commands of `dmd2` in turn; prints their exit codes."""
+    for argv in commands:
+        print(cli.main(argv), flush=True)
+    return 0
+
+
 def main(folder: Path) -> None:
     """What the two share, and how they skip and stop together; writes RANK.json into `folder`."""
     trainer = small_trainer(

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,8 +96,9 @@ def launched(
         finally:
             for process in started:
                 for pid in (*workers_of(process).values(), process.pid):
-                    if process.is_alive():
-                        os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        if process.is_alive():
+                            os.kill(pid, signal.SIGKILL)
                 process.join()
 
 

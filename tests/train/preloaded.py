@@ -23,6 +23,7 @@ for name in (
     "train_lora.models.loading",
     "train_lora.monitor",
     "train_lora.prepare",
+    "tests.train.recipes",
     "train_lora.trainer",
     "transformers.models.clip.modeling_clip",
 ):

@@ -246,3 +246,43 @@ def test_processes_share_the_step_differ_in_noise_and_skip_together(tmp_path: Pa
         assert result["critic_moved"]
         assert "critic's update was skipped 2 times in a row, the last at iter" in result["stop"]
     assert first["weights"] == second["weights"]
+
+
+def test_what_the_user_got_wrong_ends_both_processes_with_a_sentence(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "old.ckpt").write_bytes(b"")
+    pictures, used = tmp_path / "pictures", tmp_path / "used"
+    pictures.mkdir()
+    (pictures / "0.png").write_bytes(b"no picture")
+    (pictures / "0.txt").write_text("a caption")
+    (tmp_path / "empty.txt").write_text("\n")
+    used.mkdir()
+    (used / "mine.txt").write_text("keep")
+    cases = {
+        f"--model.path={tmp_path / 'old.ckpt'}": "old.ckpt is a pickle, which can run any code",
+        f"--data.prompts={tmp_path / 'empty.txt'}": "empty.txt' has no caption; write at least one",
+        f"--data.real_images={pictures}": "0.png cannot be read as a picture; replace or remove it",
+        f"--data.cache={tmp_path / 'cache'}": "cache' holds nothing yet; run dmd2 prepare with",
+        "--batch_size=3": "An iteration takes 6 real images of one size, but 128x128 has 4; add",
+        "--model.prediction=v": "model.prediction is 'v' but has no effect",
+    }
+    run = f"--output.directory={tmp_path / 'run'}"
+    commands = [[*without(arguments, case), run, case] for case in cases]
+    cases[f"--output.directory={used}"] = "a folder that is not empty; name another one"
+    commands.append([*arguments, f"--output.directory={used}"])
+    with launched(agreement_worker.each_of, commands, processes=2) as launch:
+        assert launch.wait() == [0, 0]
+        assert launch.printed().split() == ["2"] * 2 * len(commands)
+        errors = launch.printed("err")
+    for sentence in cases.values():
+        assert errors.count(sentence) == 2, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in used.iterdir()] == ["mine.txt"]
+
+
+def without(arguments: list[str], case: str) -> list[str]:
+    """The arguments but for the key that the case gives."""
+    key = case.partition("=")[0]
+    return [word for word in arguments if word.partition("=")[0] != key]
