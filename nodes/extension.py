@@ -6,10 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_timestep import ConditioningTimestep
 from .load_lora import LoadLoRA
+from .sample import Sample
 from .sampler import Sampler
 from .scheduler import Scheduler
 
 
 class DMD2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadLoRA, Scheduler, Sampler, ConditioningTimestep]
+        return [LoadLoRA, Scheduler, Sampler, ConditioningTimestep, Sample]

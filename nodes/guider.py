@@ -4,6 +4,7 @@ the attention guidance of nag.py at the others."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -15,6 +16,19 @@ from torch import Tensor
 from .attention_guidance import AttentionGuidance
 
 Conditioning = list[list[Any]]
+
+
+def parse_guidance_steps(text: str, num_steps: int) -> tuple[int, ...]:
+    """The steps in "1, 2" (commas, semicolons or spaces), counted from 1; all for an empty text."""
+    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,4}", word) or not 1 <= int(word) <= num_steps:
+            raise ValueError(
+                f"guidance_steps has {word!r}, but {num_steps} step{'s' * (num_steps != 1)} "
+                f"run{'s' * (num_steps == 1)}: list numbers from 1 to {num_steps}, or leave it "
+                "empty for all"
+            )
+    return tuple(sorted(set(map(int, words)))) or tuple(range(1, num_steps + 1))
 
 
 class FewStepGuider(comfy.samplers.CFGGuider):
