@@ -136,9 +136,7 @@ class Sample(io.ComfyNode):
             positive=positive,
             negative=negative,
             latent=latent_image,
-            noise=ImageNoise(
-                seed=seed, batch_index=latent_image.get("batch_index"), listed=listed
-            ),
+            noise=ImageNoise(seed=seed, batch_index=latent_image.get("batch_index"), listed=listed),
             strength=sampling.noise_strength(recipe, plan),
             guidance=guidance,
             guided_steps=guided_steps if guidance != 1.0 else (),
