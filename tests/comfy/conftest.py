@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,9 @@ sys.path.insert(0, str(HERE))
 
 import comfy_host  # noqa: E402
 import comfy_server  # noqa: E402
+
+if TYPE_CHECKING:
+    import model_files
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,3 +87,9 @@ def server(
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def model(server: comfy_server.ComfyServer) -> model_files.TinyModel:
+    """The tiny model, whose files the server finds in its folders."""
+    return importlib.import_module("model_files").build(server.base / "models")

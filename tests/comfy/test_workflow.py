@@ -36,11 +36,6 @@ COMFYUI_COMPLAINTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(server: ComfyServer) -> TinyModel:
-    return model_files.build(server.base / "models")
-
-
 def sampled(server: ComfyServer, **options: Any) -> tuple[Tensor, Tensor, Run]:
     """Latents (B, 4, 16, 16) in the model's own scale, pictures (B, 3, 128, 128) in [0, 1]."""
     graph, names = sampling_graph(
