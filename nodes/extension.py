@@ -8,6 +8,7 @@ from .compare import Compare
 from .conditioning_timestep import ConditioningTimestep
 from .ksampler_patch import KSamplerPatch
 from .load_lora import LoadLoRA
+from .merge_check import MergeCheck
 from .sample import Sample
 from .sampler import Sampler
 from .scheduler import Scheduler
@@ -21,6 +22,7 @@ class DMD2Extension(ComfyExtension):
             Sampler,
             ConditioningTimestep,
             KSamplerPatch,
+            MergeCheck,
             Sample,
             Compare,
         ]

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,9 +21,7 @@ sys.path.insert(0, str(HERE))
 
 import comfy_host  # noqa: E402
 import comfy_server  # noqa: E402
-
-if TYPE_CHECKING:
-    import model_files
+import model_files  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,7 +76,7 @@ def server(
     """One running ComfyUI with the pack installed, for all tests; ended by its own pid."""
     base = tmp_path_factory.mktemp("comfyui")
     custom_nodes = {"dmd2": REPOSITORY, "tiny_sdxl": HERE / "tiny_sdxl_node"}
-    for folder in ("custom_nodes", "models/checkpoints", "models/loras"):
+    for folder in ("custom_nodes", "models/checkpoints", "models/loras", "models/controlnet"):
         (base / folder).mkdir(parents=True)
     for name, target in custom_nodes.items():
         (base / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
@@ -91,5 +88,5 @@ def server(
 
 @pytest.fixture(scope="session")
 def model(server: comfy_server.ComfyServer) -> model_files.TinyModel:
-    """The tiny model, whose files the server finds in its folders."""
-    return importlib.import_module("model_files").build(server.base / "models")
+    """The tiny model in diffusers; its files lie where the server finds them."""
+    return model_files.build(server.base / "models")

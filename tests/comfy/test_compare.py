@@ -11,7 +11,7 @@ import torch
 from comfy_server import ComfyServer
 from model_files import SIZE_PX, TinyModel
 from test_sample import NEGATIVE, Sampling
-from test_workflow import CAPTION, SEED, picture
+from renders import CAPTION, SEED, picture
 
 Pack = Callable[[str], ModuleType]
 

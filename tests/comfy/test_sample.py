@@ -12,7 +12,7 @@ from comfy_server import ComfyServer, Run
 from graphs import CHECKPOINT, LORA, Graph
 from model_files import SIZE_PX, TinyModel
 from safetensors.torch import load
-from test_workflow import ATOL, CAPTION, SEED, first_noise, sampled
+from renders import ATOL, CAPTION, SEED, first_noise, sampled
 from torch import Tensor
 
 from dmd2_core import (
