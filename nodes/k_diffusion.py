@@ -22,6 +22,9 @@ NUM_TIMESTEPS = 1000
 PER_IMAGE, STOCK = "per image", "stock"
 NOISE_SOURCES = (PER_IMAGE, STOCK)
 _TRUNCATED = "dmd2_conditioning_timestep"
+_UNCUT_SIGMA_MAX = "dmd2_uncut_sigma_max"
+_ZERO_SNR_SIGMA = 1000.0
+"""A k_sigma at t = 999 above this means zero terminal SNR (ComfyUI: 4518.8, otherwise 14.6)."""
 
 
 def check_discrete(model_sampling: Any) -> None:
@@ -64,6 +67,13 @@ def prediction_of(model_sampling: Any) -> Prediction | None:
     return "epsilon" if isinstance(model_sampling, comfy.model_sampling.EPS) else None
 
 
+def has_zero_snr(model_sampling: Any) -> bool:
+    """Whether the schedule ends in pure noise; a truncated one is judged by its whole."""
+    before = getattr(model_sampling, _UNCUT_SIGMA_MAX, None)
+    sigma_max = getattr(model_sampling, "sigma_max", 0.0) if before is None else before
+    return float(sigma_max) > _ZERO_SNR_SIGMA
+
+
 def conditioning_timestep_of(model_sampling: Any) -> int | None:
     """The timestep that `truncated` cut the schedule at, None for an uncut schedule."""
     return getattr(model_sampling, _TRUNCATED, None)
@@ -86,6 +96,7 @@ def truncated(model_sampling: Any, timestep: int) -> Any:
     cut = copy.deepcopy(model_sampling)
     cut.set_sigmas(model_sampling.sigmas[: timestep + 1].clone())
     setattr(cut, _TRUNCATED, timestep)
+    setattr(cut, _UNCUT_SIGMA_MAX, float(model_sampling.sigma_max))
     return cut
 
 
@@ -122,13 +133,13 @@ def sample_dmd2(
     *,
     strength: float | Sequence[float] = 1.0,
     noise_source: str = PER_IMAGE,
-    seed_offset: int = 0,
+    seed: int | None = None,
 ) -> Tensor:
     """ComfyUI's sampler function: dmd2_core's one loop over the given sigmas.
 
     `model(x, sigma, **extra_args)` returns x0; `x`: (B, C, H, W), already noised to sigmas[0] by
     ComfyUI; `sigmas`: (steps + 1,), descending. A last sigma above 0 (split schedules) returns x at
-    that noise level. The seed is the sampling node's (in `extra_args`) plus `seed_offset`.
+    that noise level. `seed` is that of the fresh noise; None: the sampling node's (`extra_args`).
     """
     levels = sigmas.tolist()
     if len(levels) < 2:
@@ -137,6 +148,8 @@ def sample_dmd2(
     is_complete = levels[-1] == 0.0
     plan = StepPlan(timesteps=tuple(levels[:-1] if is_complete else levels))
     extra_args = extra_args or {}
+    if seed is None:
+        seed = extra_args.get("seed") or 0
 
     with tqdm(total=len(levels) - 1, disable=disable) as progress:
 
@@ -155,7 +168,7 @@ def sample_dmd2(
             x,
             EDMSchedule(),
             plan,
-            noise=noise_for(x, (extra_args.get("seed") or 0) + seed_offset, noise_source),
+            noise=noise_for(x, seed, noise_source),
             strength=_last(strength, num=len(plan.timesteps) - 1),
             stop=None if is_complete else len(levels) - 1,
             callback=report,

@@ -98,17 +98,18 @@ def sampling_graph(
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     model, recipe = checkpoint[0], {}
     if lora is not None:
-        loader = graph.add("DMD2_LoadLoRA", model=model, lora_name=lora, strength=1.0)
-        model, recipe = loader[0], {"recipe": loader[1]}
-        names["report"] = graph.add("PreviewAny", source=loader[2]).name
+        loading = {"strength": 1.0, "family": "from the file"}
+        loader = graph.add("DMD2_LoadLoRA", model=model, lora_name=lora, **loading)
+        model, recipe = loader[0], {"recipe": loader[2]}
+        names["report"] = graph.add("PreviewAny", source=loader[3]).name
     if one_step is not None:
         patch = graph.add("DMD2_ConditioningTimestep", model=model, timestep=one_step, **recipe)
         model = patch[0]
     num_steps = 1 if one_step is not None else 4
     if stock is None:
-        widgets = {"steps": 0, "timesteps": "", "start_step": 0}
+        widgets = {"steps": 0, "timesteps": "", "denoise": 1.0}
         sigmas = graph.add("DMD2_Scheduler", model=model, **recipe, **widgets | (scheduler or {}))
-        widgets = {"strength": 1.0, "seed_offset": 0, "noise": "per image"}
+        widgets = {"strength": 1.0, "strengths": "", "noise_seed": -1, "noise": "per image"}
         solver = graph.add("DMD2_Sampler", **recipe, **widgets | (sampler or {}))
     else:
         sigmas = graph.add(

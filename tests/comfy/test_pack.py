@@ -20,6 +20,7 @@ CORE_FILES = sorted((REPOSITORY / "dmd2_core").glob("*.py"))
 SCHEMA_FIELDS = {"node_id", "display_name", "category", "description", "inputs", "outputs"}
 INPUT_FIELDS = {
     "Model": {"optional", "tooltip"},
+    "Clip": {"optional", "tooltip"},
     "DMD2Recipe": {"optional", "tooltip"},
     "Int": {"optional", "tooltip", "default", "min", "max", "step"},
     "Float": {"optional", "tooltip", "default", "min", "max", "step", "round"},
