@@ -49,6 +49,8 @@ class Sampler(io.ComfyNode):
                     default=SEED_OF_THE_NODE,
                     min=SEED_OF_THE_NODE,
                     max=MAX_SEED,
+                    # Else the page, by this name, adds a control that randomises it.
+                    control_after_generate=False,
                     tooltip="Seed of the fresh noise. -1: the sampling node's. Change it to vary "
                     "details of an image while its first noise stays.",
                 ),
