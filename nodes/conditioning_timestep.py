@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
 from .common import CATEGORY, recipe_input
+from .recipes import check_fits, recipe_for
 
 
 class ConditioningTimestep(io.ComfyNode):
@@ -44,10 +45,13 @@ class ConditioningTimestep(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, timestep: int, recipe: Recipe | None = None) -> io.NodeOutput:
+        sampling = model.get_model_object("model_sampling")
+        if timestep == settings.DEFAULT_CONDITIONING_TIMESTEP:
+            recipe = recipe_for(model, recipe)
+            check_fits(recipe, sampling)
         wanted = settings.conditioning_timestep(recipe, timestep)
         if wanted is None:
             return io.NodeOutput(model)
         patched = model.clone()
-        sampling = k_diffusion.truncated(model.get_model_object("model_sampling"), wanted)
-        patched.add_object_patch("model_sampling", sampling)
+        patched.add_object_patch("model_sampling", k_diffusion.truncated(sampling, wanted))
         return io.NodeOutput(patched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_timestep import ConditioningTimestep
+from .ksampler_patch import KSamplerPatch
 from .load_lora import LoadLoRA
 from .sampler import Sampler
 from .scheduler import Scheduler
@@ -12,4 +13,4 @@ from .scheduler import Scheduler
 
 class DMD2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadLoRA, Scheduler, Sampler, ConditioningTimestep]
+        return [LoadLoRA, Scheduler, Sampler, ConditioningTimestep, KSamplerPatch]

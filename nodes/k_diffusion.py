@@ -54,6 +54,8 @@ def check_noise_to_signal(model_sampling: Any) -> None:
 def _kind(model_sampling: Any) -> str:
     """The names of the classes that a ComfyUI model_sampling is made of."""
     cls = type(model_sampling)
+    if conditioning_timestep_of(model_sampling) is not None:
+        cls = cls.__bases__[0]  # ours is of one that ComfyUI made
     bases = [base.__name__ for base in cls.__bases__ if base is not torch.nn.Module]
     return " + ".join(bases) or cls.__name__
 
@@ -94,10 +96,33 @@ def truncated(model_sampling: Any, timestep: int) -> Any:
             "(399 is SDXL's), and use one DMD2 Conditioning Timestep node only"
         )
     cut = copy.deepcopy(model_sampling)
+    cut.__class__ = _from_pure_noise(type(model_sampling))
     cut.set_sigmas(model_sampling.sigmas[: timestep + 1].clone())
     setattr(cut, _TRUNCATED, timestep)
     setattr(cut, _UNCUT_SIGMA_MAX, float(model_sampling.sigma_max))
     return cut
+
+
+def _from_pure_noise(kind: type) -> type:
+    """`kind` with a `noise_scaling` that refuses an image at its first step.
+
+    Every sampler of ComfyUI scales its start there, so the message comes whatever node samples.
+    """
+
+    class FromPureNoise(kind):  # type: ignore[misc, valid-type]
+        def noise_scaling(
+            self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False
+        ) -> Tensor:
+            if max_denoise and noise.any() and latent_image.any():
+                raise ValueError(
+                    "the latent is not empty, but a model with a conditioning timestep makes its "
+                    "picture from pure noise alone: connect an Empty Latent Image, or use a model "
+                    "of several steps for image to image and inpainting"
+                )
+            return super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+    FromPureNoise.__name__ = kind.__name__
+    return FromPureNoise
 
 
 def sigmas_of(plan: StepPlan, model_sampling: Any) -> Tensor:
@@ -121,6 +146,24 @@ def sigmas_of(plan: StepPlan, model_sampling: Any) -> Tensor:
         )
     table = model_sampling.sigmas.detach().to("cpu", torch.float32)
     return torch.cat([table[torch.tensor(steps)], torch.zeros(1)])
+
+
+def moved_to(trained: Tensor, sigmas: Tensor, model_sampling: Any) -> Tensor:
+    """The part of the `trained` noise levels that `sigmas` covers, nearest in the timestep.
+
+    Both are (steps + 1,) and descend, `trained` to 0. A `sigmas` that ends above 0 (the first of
+    two passes) ends at the trained level where the second will start.
+    """
+    if len(sigmas) == 0:
+        return sigmas
+    steps = model_sampling.timestep(trained[:-1]).double()
+
+    def nearest(sigma: Tensor) -> int:
+        step = model_sampling.timestep(sigma.to(trained).reshape(1)).double()
+        return int((steps - step).abs().argmin())
+
+    stop = len(trained) if sigmas[-1] == 0 else nearest(sigmas[-1]) + 1
+    return trained[nearest(sigmas[0]) : stop].to(sigmas)
 
 
 def sample_dmd2(

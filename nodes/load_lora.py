@@ -79,7 +79,7 @@ class LoadLoRA(io.ComfyNode):
         cls, model: Any, lora_name: str, strength: float, family: str, clip: Any = None
     ) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        tensors, metadata = _read(path, lora_name)
         sampling = model.get_model_object("model_sampling")
         recipe = recipes.of_file(metadata, family, sampling)
         earlier = recipes.recipe_for(model, None)
@@ -105,6 +105,16 @@ def _lora_files() -> list[str]:
         for name in folder_paths.get_filename_list("loras")
         if name.endswith((".safetensors", ".sft"))
     ]
+
+
+def _read(path: str, name: str) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The file's tensors and metadata; ValueError whatever is wrong with it."""
+    try:
+        return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:  # safetensors' own kinds, which differ between its readers
+        raise ValueError(
+            f"the LoRA {name!r} cannot be read ({error}): download or export it again"
+        ) from error
 
 
 def _origin(family: str, recipe: Recipe | None) -> str:

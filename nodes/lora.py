@@ -82,7 +82,7 @@ def _refuse(found: Mapping[str, Any], name: str, without_clip: bool) -> NoReturn
 
 
 def _grew(layer: Any, before: Any, after: Any) -> bool:
-    """Whether a patch for `layer` (its name; with an offset: a tuple) was added between patchers."""
+    """Whether a patch for `layer` (its name; a tuple if with an offset) came between patchers."""
     layer = layer if isinstance(layer, str) else layer[0]
     return len(after.patches.get(layer, ())) > len(before.patches.get(layer, ()))
 
@@ -108,18 +108,23 @@ def _check_shapes(
         up = tensors.get(f"{module}.lora_up.weight")
         down = tensors.get(f"{module}.lora_down.weight")
         weight = weights.get(layer) if isinstance(layer, str) else None
-        if up is None or down is None or weight is None or not weight.is_floating_point():
+        if up is None or down is None:
+            continue
+        if min(up.ndim, down.ndim) < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"the LoRA {name!r} is damaged: the halves of its module {module!r} have shapes "
+                f"{tuple(up.shape)} and {tuple(down.shape)}. Download or export it again"
+            )
+        if weight is None or not weight.is_floating_point():
             continue
         shape = (up.shape[0], down.shape[1:].numel())
-        if f"{module}.lora_mid.weight" not in tensors and shape != (
-            weight.shape[0],
-            weight.shape[1:].numel(),
-        ):
+        wanted = (weight.shape[0], weight.shape[1:].numel())
+        if f"{module}.lora_mid.weight" not in tensors and shape != wanted:
             raise ValueError(
                 f"the LoRA {name!r} does not fit this model: its module {module!r} is made for a "
-                f"layer of {shape[0]} x {shape[1]}, the model's is {weight.shape[0]} x "
-                f"{weight.shape[1:].numel()}. It was made for another architecture: load the kind "
-                "of model it was trained on, or choose another LoRA"
+                f"layer of {shape[0]} x {shape[1]}, the model's is {wanted[0]} x {wanted[1]}. It "
+                "was made for another architecture: load the kind of model it was trained on, or "
+                "choose another LoRA"
             )
 
 

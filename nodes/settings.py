@@ -122,6 +122,11 @@ def conditioning_timestep(recipe: Recipe | None, timestep: int) -> int | None:
     """What to patch the model to; None: leave the model as it is."""
     if recipe is None or timestep != DEFAULT_CONDITIONING_TIMESTEP:
         return timestep
+    return recipes_conditioning(recipe)
+
+
+def recipes_conditioning(recipe: Recipe) -> int | None:
+    """The recipe's conditioning timestep, None if it has none."""
     wanted = recipe.conditioning_timestep
     if wanted is not None and not isinstance(wanted, int):
         raise ValueError(
