@@ -47,7 +47,9 @@ def pack(comfyui: Path) -> Callable[[str], ModuleType]:
     modules with names such as `nodes`, `utils` and `tests`.
     """
     spec = importlib.util.spec_from_file_location(
-        PACK, base_folder.REPOSITORY / "__init__.py", submodule_search_locations=[str(base_folder.REPOSITORY)]
+        PACK,
+        base_folder.REPOSITORY / "__init__.py",
+        submodule_search_locations=[str(base_folder.REPOSITORY)],
     )
     assert spec is not None
     assert spec.loader is not None

@@ -149,9 +149,7 @@ One network evaluation. A one-step model starts from pure noise but is told an e
     negative = _prompt(flow, checkpoint["CLIP"], "", "Negative prompt (no effect at cfg 1)")
     latent = _empty(flow)
     flow.column(320)
-    patched = flow.add(
-        "DMD2_ConditioningTimestep", model=loader["model"], recipe=loader["recipe"]
-    )
+    patched = flow.add("DMD2_ConditioningTimestep", model=loader["model"], recipe=loader["recipe"])
     sigmas = flow.add("DMD2_Scheduler", model=patched["model"], recipe=loader["recipe"])
     sampler = flow.add("DMD2_Sampler", recipe=loader["recipe"])
     flow.column(340)
@@ -240,9 +238,7 @@ First 4 steps at 1024 px; then the picture is enlarged 1.5 times and gets the la
     large = flow.add("ImageScaleBy", image=small, upscale_method="lanczos", scale_by=1.5)["IMAGE"]
     encoded = flow.add("VAEEncode", pixels=large, vae=checkpoint["VAE"])["LATENT"]
     flow.column(340)
-    second = flow.add(
-        "DMD2_Sample", "Second pass", latent_image=encoded, denoise=0.5, **prompts
-    )
+    second = flow.add("DMD2_Sample", "Second pass", latent_image=encoded, denoise=0.5, **prompts)
     flow.column(420)
     _picture(flow, second["latent"], checkpoint["VAE"])
 
