@@ -21,6 +21,8 @@ from ..dmd2_core import EDMSchedule, Prediction, SeededNoise, StepPlan, few_step
 NUM_TIMESTEPS = 1000
 PER_IMAGE, STOCK = "per image", "stock"
 NOISE_SOURCES = (PER_IMAGE, STOCK)
+Noise = Callable[[int, Tensor], Tensor]
+"""(step, like) -> unit Gaussian noise with `like`'s shape (B, C, H, W), dtype and device."""
 _TRUNCATED = "dmd2_conditioning_timestep"
 _UNCUT_SIGMA_MAX = "dmd2_uncut_sigma_max"
 _ZERO_SNR_SIGMA = 1000.0
@@ -175,14 +177,15 @@ def sample_dmd2(
     disable: bool | None = None,
     *,
     strength: float | Sequence[float] = 1.0,
-    noise_source: str = PER_IMAGE,
+    noise_source: str | Noise = PER_IMAGE,
     seed: int | None = None,
 ) -> Tensor:
     """ComfyUI's sampler function: dmd2_core's one loop over the given sigmas.
 
     `model(x, sigma, **extra_args)` returns x0; `x`: (B, C, H, W), already noised to sigmas[0] by
     ComfyUI; `sigmas`: (steps + 1,), descending. A last sigma above 0 (split schedules) returns x at
-    that noise level. `seed` is that of the fresh noise; None: the sampling node's (`extra_args`).
+    that noise level. `seed` is that of the fresh noise; None: the sampling node's (`extra_args`);
+    a `noise_source` of one's own has no use for it.
     """
     levels = sigmas.tolist()
     if len(levels) < 2:
@@ -211,14 +214,14 @@ def sample_dmd2(
             x,
             EDMSchedule(),
             plan,
-            noise=noise_for(x, seed, noise_source),
+            noise=noise_for(x, seed, noise_source) if isinstance(noise_source, str) else noise_source,
             strength=_last(strength, num=len(plan.timesteps) - 1),
             stop=None if is_complete else len(levels) - 1,
             callback=report,
         )
 
 
-def noise_for(x: Tensor, seed: int, source: str) -> Callable[[int, Tensor], Tensor]:
+def noise_for(x: Tensor, seed: int, source: str) -> Noise:
     """The fresh noise per step: dmd2_core's per image, or ComfyUI's own whole-batch draw.
 
     "stock" draws in ComfyUI's order from ComfyUI's generator, so that the same seed gives what its
