@@ -12,6 +12,7 @@ from .common import CATEGORY, recipe_input
 from .guider import parse_guidance_steps
 from .image_noise import MAX_SEED, ImageNoise, parse_seeds
 from .nag import DEFAULT_SCALE
+from .plan_view import plan_ui
 from .recipes import recipe_for
 from .scheduler import MAX_STEPS
 
@@ -126,7 +127,8 @@ class Sample(io.ComfyNode):
     ) -> io.NodeOutput:
         listed = parse_seeds(seeds)
         if denoise == 0:
-            return _shown(latent_image, "Denoise 0: no step runs, the image stays.")
+            nothing = "Denoise 0: no step runs, the image stays."
+            return io.NodeOutput(latent_image, nothing, ui={"text": (nothing,)})
         recipe = recipe_for(model, recipe)
         prepared, plan = sampling.prepared(model, recipe, steps, denoise)
         guided_steps = parse_guidance_steps(guidance_steps, len(plan.active))
@@ -136,9 +138,7 @@ class Sample(io.ComfyNode):
             positive=positive,
             negative=negative,
             latent=latent_image,
-            noise=ImageNoise(
-                seed=seed, batch_index=latent_image.get("batch_index"), listed=listed
-            ),
+            noise=ImageNoise(seed=seed, batch_index=latent_image.get("batch_index"), listed=listed),
             strength=sampling.noise_strength(recipe, plan),
             guidance=guidance,
             guided_steps=guided_steps if guidance != 1.0 else (),
@@ -148,9 +148,6 @@ class Sample(io.ComfyNode):
         sentences = [settings.describe_plan(plan, denoise), *run.remarks()]
         if recipe is None:
             sentences.append(sampling.note_without_recipe(model))
-        return _shown(result, " ".join(sentences))
-
-
-def _shown(latent: dict[str, Any], plan: str) -> io.NodeOutput:
-    """The outputs, and the plan as text below the node."""
-    return io.NodeOutput(latent, plan, ui={"text": (plan,)})
+        text = " ".join(sentences)
+        model_sampling = prepared.get_model_object("model_sampling")
+        return io.NodeOutput(result, text, ui=plan_ui(text, plan, model_sampling))

@@ -103,7 +103,7 @@ class Page:
         self.send("Page.navigate", url=address)
 
     def run(self, script: str) -> Any:
-        """The JSON value of an expression, awaited if it is a promise; RuntimeError if it throws."""
+        """An expression's JSON value, awaited if it is a promise; RuntimeError if it throws."""
         options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
         result = self.send("Runtime.evaluate", expression=script, **options)
         if "exceptionDetails" in result:

@@ -112,7 +112,8 @@ class ComfyServer:
         return json.loads(self.get_bytes(path, **query))
 
     def post(self, path: str, body: Any) -> Any:
-        """The answer's JSON, None for an empty one; RuntimeError with ComfyUI's explanation if it refuses."""
+        """The answer's JSON (None for an empty one); RuntimeError with ComfyUI's explanation if
+        it refuses."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(body).encode(),

@@ -16,6 +16,10 @@ WIDGETS: dict[tuple[str, Any], Any] = {
     ("height", workflow_set.SIZE_PX): SIZE_PX,
     ("text", workflow_set.PROMPT): CAPTION,
     ("text", workflow_set.NEGATIVE): NEGATIVE,
+    (
+        "prompts",
+        workflow_set.PROMPTS,
+    ): f"{CAPTION}\na small yellow heart on a dotted green background",
 }
 """(widget, its value in the file) -> the tiny model's value."""
 

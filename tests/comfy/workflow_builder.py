@@ -6,6 +6,7 @@ up as a changed file (test_workflow_files.py), not as a shifted widget.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from graphs import widgets_of
@@ -49,7 +50,7 @@ class Workflow:
         self._place("MarkdownNote", "Read me", [], [], [text.strip()], height_px)
 
     def add(self, kind: str, title: str | None = None, **given: Any) -> Node:
-        """A node with links (`model=loader["MODEL"]`) and widgets that differ from their defaults."""
+        """A node with links (`model=loader["MODEL"]`), and widgets that are not at their defaults."""
         info = self._info[kind]
         options = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         widgets = dict(widgets_of(info))
@@ -106,7 +107,9 @@ class Workflow:
         self._nodes.append(node)
         return node
 
-    def _connect(self, source: dict[str, Any], output: str, target: dict[str, Any], name: str):
+    def _connect(
+        self, source: dict[str, Any], output: str, target: dict[str, Any], name: str
+    ) -> None:
         names = [socket["name"] for socket in source["outputs"]]
         slot = names.index(output)
         [place] = [i for i, socket in enumerate(target["inputs"]) if socket["name"] == name]
@@ -128,6 +131,18 @@ class Workflow:
             "extra": {"ds": {"scale": 0.7, "offset": [40, 80]}},
             "version": 0.4,
         }
+
+
+def text_of(workflow: dict[str, Any]) -> str:
+    """A workflow's file: JSON, one node or link a line."""
+    parts = []
+    for key, value in workflow.items():
+        if key in ("nodes", "links"):
+            lines = ",\n    ".join(json.dumps(item, ensure_ascii=False) for item in value)
+            parts.append(f'  "{key}": [\n    {lines}\n  ]')
+        else:
+            parts.append(f'  "{key}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _settings(spec: list[Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 IMAGE = "example.png"
 SIZE_PX = 1024
 PROMPT = "a lighthouse on a cliff at dawn, photograph"
+PROMPTS = f"{PROMPT}\na portrait of an old fisherman, film photograph"
 NEGATIVE = "blurry, text, watermark"
 FAMILY = "DMD2, 4 steps"
 
@@ -67,10 +68,11 @@ def _picture(flow: Workflow, latent: Link, vae: Link) -> None:
 def text_to_image(flow: Workflow) -> None:
     flow.column(400)
     text = """
-SDXL in 4 steps. **DMD2 Sample** takes steps, timesteps and noise from the LoRA's recipe: nothing else
-is to be set. Its chart shows the timesteps.
+SDXL in 4 steps. **DMD2 Sample** takes steps, timesteps and noise from the LoRA's recipe: nothing
+else is to be set. Its chart shows the timesteps.
 
-The negative prompt acts through attention guidance (**nag_scale**), since the model runs at cfg 1.
+The negative prompt acts through attention guidance (**nag_scale**), since the model runs at cfg
+1.
 """
     _note(flow, "Text to image, 4 steps", text, ["checkpoint", "lora"], 400)
     checkpoint, loader = _models(flow)
@@ -95,8 +97,8 @@ def four_steps(flow: Workflow) -> None:
     flow.column(400)
     text = """
 The same as *DMD2 Sample*, from its parts: **DMD2 Scheduler** gives the trained timesteps, **DMD2
-Sampler** the noise between them, ComfyUI's SamplerCustom runs them. Keep its **cfg at 1**: guidance is
-baked into the LoRA, so the negative prompt here does nothing.
+Sampler** the noise between them, ComfyUI's SamplerCustom runs them. Keep its **cfg at 1**:
+guidance is baked into the LoRA, so the negative prompt here does nothing.
 """
     _note(flow, "4 steps with SamplerCustom", text, ["checkpoint", "lora"], 360)
     checkpoint, loader = _models(flow)
@@ -139,8 +141,9 @@ def _sample_custom(
 def one_step(flow: Workflow) -> None:
     flow.column(400)
     text = """
-One network evaluation. A one-step model starts from pure noise but is told an earlier timestep (SDXL:
-399). **DMD2 Conditioning Timestep** arranges that; scheduler and SamplerCustom both get its model.
+One network evaluation. A one-step model starts from pure noise but is told an earlier timestep
+(SDXL: 399). **DMD2 Conditioning Timestep** arranges that; scheduler and SamplerCustom both get
+its model.
 """
     _note(flow, "Text to image, 1 step", text, ["checkpoint", "one_step"], 320)
     checkpoint, loader = _models(flow, ONE_STEP_LORA, "from the file")
@@ -161,8 +164,9 @@ One network evaluation. A one-step model starts from pure noise but is told an e
 def image_to_image(flow: Workflow) -> None:
     flow.column(400)
     text = """
-**denoise** snaps to a trained timestep: 0.75 starts at 749, 0.5 at 499, 0.25 at 249. The chart shows
-which. Lower keeps more of your picture. (KSampler's denoise would leave the trained timesteps.)
+**denoise** snaps to a trained timestep: 0.75 starts at 749, 0.5 at 499, 0.25 at 249. The chart
+shows which. Lower keeps more of your picture. (KSampler's denoise would leave the trained
+timesteps.)
 """
     _note(flow, "Image to image", text, ["checkpoint", "lora"], 340)
     checkpoint, loader = _models(flow)
@@ -187,8 +191,8 @@ which. Lower keeps more of your picture. (KSampler's denoise would leave the tra
 def inpainting(flow: Workflow) -> None:
     flow.column(400)
     text = """
-Paint a mask on your picture: right-click on it, *Open in MaskEditor*. What you paint is made anew, the
-rest stays. At denoise 0.75 what was there shines through; at 1 it does not.
+Paint a mask on your picture: right-click on it, *Open in MaskEditor*. What you paint is made
+anew, the rest stays. At denoise 0.75 what was there shines through; at 1 it does not.
 """
     _note(flow, "Inpainting", text, ["checkpoint", "lora"], 330)
     checkpoint, loader = _models(flow)
@@ -283,9 +287,9 @@ The edges of your picture guide the image. With few steps a ControlNet acts stro
 def stock_ksampler(flow: Workflow) -> None:
     flow.column(400)
     text = """
-For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** makes the scheduler "simple" land on the
-trained timesteps and holds cfg at 1. Use the same number of **steps** in both. Any sampler works;
-`lcm` is the loop the model was trained in.
+For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** makes the scheduler "simple" land
+on the trained timesteps and holds cfg at 1. Use the same number of **steps** in both. Any sampler
+works; `lcm` is the loop the model was trained in.
 """
     _note(flow, "Stock KSampler", text, ["checkpoint", "lora"], 360)
     checkpoint, loader = _models(flow)
@@ -310,6 +314,35 @@ trained timesteps and holds cfg at 1. Use the same number of **steps** in both. 
     _picture(flow, sampled["LATENT"], checkpoint["VAE"])
 
 
+def compare(flow: Workflow) -> None:
+    flow.column(400)
+    text = """
+The same prompts and noise through several models, as one labelled grid: here the LoRA at full
+strength, at 0.7, and the model without it in many steps. Each model is sampled by the recipe that
+it carries.
+"""
+    _note(flow, "Compare", text, ["checkpoint", "lora"], 360)
+    checkpoint = flow.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    flow.column(340)
+    options = {"model": checkpoint["MODEL"], "lora_name": LORA, "family": FAMILY}
+    full = flow.add("DMD2_LoadLoRA", "Full strength", strength=1.0, **options)
+    weak = flow.add("DMD2_LoadLoRA", "Strength 0.7", strength=0.7, **options)
+    flow.column(400)
+    grid = flow.add(
+        "DMD2_Compare",
+        clip=checkpoint["CLIP"],
+        vae=checkpoint["VAE"],
+        model_1=full["model"],
+        label_1="LoRA, 4 steps",
+        model_2=weak["model"],
+        label_2="LoRA at 0.7, 4 steps",
+        teacher=checkpoint["MODEL"],
+        prompts=PROMPTS,
+    )
+    flow.column(640)
+    flow.add("SaveImage", images=grid["grid"], filename_prefix="dmd2_compare")
+
+
 WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     "dmd2_text_to_image": text_to_image,
     "dmd2_4step": four_steps,
@@ -318,6 +351,7 @@ WORKFLOWS: dict[str, Callable[[Workflow], None]] = {
     "dmd2_inpainting": inpainting,
     "dmd2_hires_fix": hires_fix,
     "dmd2_controlnet": controlnet,
+    "dmd2_compare": compare,
     "dmd2_ksampler": stock_ksampler,
 }
 """Name of the file in workflows/ -> what builds it."""
