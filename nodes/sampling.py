@@ -77,7 +77,9 @@ def note_without_recipe(model: Any) -> str:
     )
 
 
-def prepared(model: Any, recipe: Recipe | None, steps: int, denoise: float) -> tuple[Any, StepPlan]:
+def prepared(
+    model: Any, recipe: Recipe | None, steps: int, denoise: float
+) -> tuple[Any, StepPlan]:
     """The model to sample and its plan; a one-step model is given its conditioning timestep.
 
     `steps`: 0 is the recipe's number, or 4 without one; the recipe's number means its timesteps.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import model_files
+import pytest
 import torch
 from comfy_server import ComfyServer, Run
 from graphs import CHECKPOINT, LORA, Graph
 from model_files import SIZE_PX, TinyModel
 from safetensors.torch import load
-from test_workflow import CAPTION, SEED, model, sampled
+from test_workflow import ATOL, CAPTION, SEED, model, sampled, texts
 from torch import Tensor
 
 from train_lora.demo.architecture import LATENT_SCALE
@@ -44,7 +46,9 @@ class Sampling(Graph):
         return self.add("SaveLatent", samples=latent, filename_prefix="latents/s").name
 
 
-def run_all(server: ComfyServer, graph: Sampling, *latents: list[Any]) -> tuple[list[Tensor], Run]:
+def run_all(
+    server: ComfyServer, graph: Sampling, *latents: list[Any]
+) -> tuple[list[Tensor], Run]:
     """Each latent (B, 4, 16, 16) in the model's own scale."""
     names = [graph.save(latent) for latent in latents]
     run = server.run(graph.prompt)

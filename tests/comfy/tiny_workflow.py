@@ -10,16 +10,14 @@ from graphs import widgets_of
 
 SIZE_PX = 128
 CAPTION = "a large red star on a striped blue background, centre"
+SECOND_CAPTION = "a small yellow heart on a dotted green background, left"
 NEGATIVE = "a circle on a plain background"
 WIDGETS: dict[tuple[str, Any], Any] = {
     ("width", workflow_set.SIZE_PX): SIZE_PX,
     ("height", workflow_set.SIZE_PX): SIZE_PX,
     ("text", workflow_set.PROMPT): CAPTION,
     ("text", workflow_set.NEGATIVE): NEGATIVE,
-    (
-        "prompts",
-        workflow_set.PROMPTS,
-    ): f"{CAPTION}\na small yellow heart on a dotted green background",
+    ("prompts", workflow_set.PROMPTS): f"{CAPTION}\n{SECOND_CAPTION}",
 }
 """(widget, its value in the file) -> the tiny model's value."""
 

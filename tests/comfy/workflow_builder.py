@@ -1,7 +1,7 @@
 """Builds workflow files as the page saves them, from the nodes' own definitions.
 
-Widgets take their defaults and their order from the server's /object_info, so a changed schema shows
-up as a changed file (test_workflow_files.py), not as a shifted widget.
+Widgets take their defaults and their order from the server's /object_info, so a changed schema
+shows up as a changed file (test_workflow_files.py), not as a shifted widget.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Workflow:
         self._place("MarkdownNote", "Read me", [], [], [text.strip()], height_px)
 
     def add(self, kind: str, title: str | None = None, **given: Any) -> Node:
-        """A node with links (`model=loader["MODEL"]`), and widgets that are not at their defaults."""
+        """A node with links (`model=loader["MODEL"]`) and widgets not at their defaults."""
         info = self._info[kind]
         options = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         widgets = dict(widgets_of(info))

@@ -23,11 +23,11 @@ FAMILY = "DMD2, 4 steps"
 
 FILES = {
     "checkpoint": f"- `{CHECKPOINT}` (or any SDXL checkpoint) into `models/checkpoints`",
-    "lora": f"- `{LORA}` into `models/loras`: the published LoRA, huggingface.co/tianweiy/DMD2, not "
-    'for commercial use. Or a LoRA of your own (`dmd2 train`): then set **family** to "from the '
-    'file".',
-    "one_step": f"- `{ONE_STEP_LORA}` into `models/loras`: a one-step LoRA of your own (`dmd2 train "
-    "--preset sdxl-1step`)",
+    "lora": f"- `{LORA}` into `models/loras`: the published LoRA "
+    "(huggingface.co/tianweiy/DMD2, not for commercial use). Or a LoRA of your own "
+    '(`dmd2 train`): then set **family** to "from the file".',
+    "one_step": f"- `{ONE_STEP_LORA}` into `models/loras`: a one-step LoRA of your own "
+    "(`dmd2 train --preset sdxl-1step`)",
     "controlnet": f"- `{CONTROLNET}` into `models/controlnet`: "
     "huggingface.co/diffusers/controlnet-canny-sdxl-1.0, renamed. Any SDXL ControlNet works.",
 }
