@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..dmd2_core import StepPlan
 from . import sampling
 from .common import CATEGORY
-from .guider import Conditioning
+from .guider import Conditioning, has_zero_unconditional
 from .image_noise import MAX_SEED, ImageNoise
 from .picture_grid import Column, labelled_grid
 from .recipes import recipe_for
@@ -38,8 +38,7 @@ def _model_inputs() -> list[Any]:
                 f"label_{number}",
                 optional=True,
                 default="",
-                tooltip=f"What to write above the pictures of model_{number}. "
-                "Empty: its number.",
+                tooltip=f"What to write above the pictures of model_{number}. Empty: its number.",
             )
         )
     return inputs
@@ -125,18 +124,88 @@ class Compare(io.ComfyNode):
         **models_and_labels: Any,
     ) -> io.NodeOutput:
         captions = _lines(prompts)
-        texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in captions]
-        empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        size = (4, height // LATENT_PX, width // LATENT_PX)
+        texts = [_encoded(clip, text) for text in captions]
         systems = []
         if teacher is not None:
-            steps, guidance = teacher_steps, teacher_guidance
-            system = teacher_run(teacher, steps, guidance, texts[0], empty)
-            systems.append(("Teacher", f"{steps} steps, guidance {guidance:g}", system))
+            systems.append(_teacher(teacher, teacher_steps, teacher_guidance, _encoded(clip, "")))
         for number in range(1, NUM_MODELS + 1):
             model = models_and_labels.get(f"model_{number}")
-            if model is None:
-                continue
-            label = models_and_labels.get(f"label_{number}", "").strip() or f"Model {number}"
-            ...
-        raise NotImplementedError
+            if model is not None:
+                label = models_and_labels.get(f"label_{number}", "").strip()
+                systems.append(_student(model, label or f"Model {number}"))
+        shape = (1, 4, height // LATENT_PX, width // LATENT_PX)
+        latent = {"samples": torch.zeros(shape, device=_device())}
+        columns = []
+        for label, detail, run in systems:
+            samples = [
+                sampling.sample(run(text, latent, ImageNoise(seed=(seed + row) & MAX_SEED)))
+                for row, text in enumerate(texts)
+            ]
+            pictures = [vae.decode(sample["samples"])[0].cpu() for sample in samples]
+            columns.append(Column(label=label, detail=detail, pictures=pictures))
+        return io.NodeOutput(labelled_grid(columns, captions))
+
+
+MakeRun = Callable[[Conditioning, dict[str, Any], ImageNoise], sampling.Run]
+System = tuple[str, str, MakeRun]
+"""What to write above a column, and how each of its pictures is sampled."""
+
+
+def _student(model: Any, label: str) -> System:
+    """A few-step model, by its recipe."""
+    recipe = recipe_for(model, None)
+    prepared, plan = sampling.prepared(model, recipe, steps=0, denoise=1.0)
+    strength = sampling.noise_strength(recipe, plan)
+
+    def run(text: Conditioning, latent: dict[str, Any], noise: ImageNoise) -> sampling.Run:
+        return sampling.Run(
+            model=prepared, plan=plan, positive=text, latent=latent, noise=noise, strength=strength
+        )
+
+    detail = _steps(len(plan.timesteps)) + (", no recipe" if recipe is None else "")
+    return label, detail, run
+
+
+def _teacher(model: Any, num_steps: int, guidance: float, empty: Conditioning) -> System:
+    """The undistilled model: DDIM with guidance on every step."""
+    _, plan = sampling.prepared(model, None, steps=num_steps, denoise=1.0)
+    guided_steps = tuple(range(1, num_steps + 1)) if guidance != 1.0 else ()
+
+    def run(text: Conditioning, latent: dict[str, Any], noise: ImageNoise) -> sampling.Run:
+        return sampling.Run(
+            model=model,
+            plan=plan,
+            positive=text,
+            negative=None if has_zero_unconditional(model) else empty,
+            latent=latent,
+            noise=noise,
+            strength=DDIM,
+            guidance=guidance,
+            guided_steps=guided_steps,
+        )
+
+    detail = _steps(num_steps) + (f", guidance {guidance:g}" if guided_steps else "")
+    return "Teacher", detail, run
+
+
+def _steps(num: int) -> str:
+    return f"{num} step{'s' * (num != 1)}"
+
+
+def _lines(prompts: str) -> list[str]:
+    """The prompts that are not empty; ValueError if there are none, or too many for a picture."""
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not 1 <= len(lines) <= MAX_PROMPTS:
+        raise ValueError(
+            f"prompts has {len(lines)} lines with text: write one prompt on each of 1 to "
+            f"{MAX_PROMPTS} lines"
+        )
+    return lines
+
+
+def _encoded(clip: Any, text: str) -> Conditioning:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def _device() -> torch.device:
+    return comfy.model_management.intermediate_device()

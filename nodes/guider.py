@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import comfy.model_base
 import comfy.samplers
 import comfy.utils
 import torch
@@ -45,7 +46,16 @@ class FewStepGuider(comfy.samplers.CFGGuider):
         nag_scale: float = 1.0,
     ) -> None:
         """`guided_levels`: the sigmas at which `guidance` acts, with `negative` or else the zeros
-        that SDXL was trained with. `nag_scale` 1 or no negative: the model is left as it is."""
+        that SDXL was trained with. `nag_scale` 1 or no negative: the model is left as it is.
+        ValueError if another model than SDXL has guidance and no negative."""
+        if guided_levels and negative is None:
+            if not has_zero_unconditional(model):
+                raise ValueError(
+                    f"guidance is {guidance:g} but there is no negative prompt, which this kind of "
+                    "model needs for it: connect a CLIP Text Encode (its text may be empty), or "
+                    "set guidance to 1"
+                )
+            negative, nag_scale = zeroed(positive), 1.0
         self.attention: AttentionGuidance | None = None
         if negative is not None and nag_scale != 1.0:
             self.attention = AttentionGuidance(nag_scale)
@@ -55,8 +65,8 @@ class FewStepGuider(comfy.samplers.CFGGuider):
         self.guidance = guidance
         self.guided_levels = tuple(guided_levels)
         conditions = {"positive": positive}
-        if negative is not None or self.guided_levels:
-            conditions["negative"] = zeroed(positive) if negative is None else negative
+        if negative is not None:
+            conditions["negative"] = negative
         self.inner_set_conds(conditions)
 
     def predict_noise(
@@ -93,6 +103,11 @@ class FewStepGuider(comfy.samplers.CFGGuider):
                 # ComfyUI repeats an entry for each area of the positive: the same tensor again.
                 found[id(context.cond)] = comfy.utils.repeat_to_batch_size(context.cond, num_images)
         return torch.cat(list(found.values()), dim=1) if found else None
+
+
+def has_zero_unconditional(model: Any) -> bool:
+    """Whether the model was trained with zeros in place of an empty prompt: SDXL."""
+    return isinstance(model.model, comfy.model_base.SDXL)
 
 
 def zeroed(conditioning: Conditioning) -> Conditioning:

@@ -214,7 +214,7 @@ def sample_dmd2(
             x,
             EDMSchedule(),
             plan,
-            noise=noise_for(x, seed, noise_source) if isinstance(noise_source, str) else noise_source,
+            noise=noise_source if callable(noise_source) else noise_for(x, seed, noise_source),
             strength=_last(strength, num=len(plan.timesteps) - 1),
             stop=None if is_complete else len(levels) - 1,
             callback=report,

@@ -10,7 +10,6 @@ import comfy.model_management
 import comfy.sample
 import comfy.utils
 import latent_preview
-import torch
 from comfy.samplers import KSAMPLER
 
 from ..dmd2_core import Recipe, StepPlan
@@ -77,9 +76,7 @@ def note_without_recipe(model: Any) -> str:
     )
 
 
-def prepared(
-    model: Any, recipe: Recipe | None, steps: int, denoise: float
-) -> tuple[Any, StepPlan]:
+def prepared(model: Any, recipe: Recipe | None, steps: int, denoise: float) -> tuple[Any, StepPlan]:
     """The model to sample and its plan; a one-step model is given its conditioning timestep.
 
     `steps`: 0 is the recipe's number, or 4 without one; the recipe's number means its timesteps.
@@ -102,7 +99,6 @@ def prepared(
 
 def sample(run: Run) -> dict[str, Any]:
     """ComfyUI's latent with the result; masks, previews, progress and interrupts as ever."""
-    _check_empty(run.latent, run.plan)
     samples = comfy.sample.fix_empty_latent_channels(run.model, run.latent["samples"])
     sigmas = k_diffusion.sigmas_of(run.plan, run.model.get_model_object("model_sampling"))
     guider = FewStepGuider(
@@ -126,12 +122,3 @@ def sample(run: Run) -> dict[str, Any]:
     )
     latent = {key: value for key, value in run.latent.items() if key not in DOWNSCALE_MARKS}
     return latent | {"samples": result.to(comfy.model_management.intermediate_device())}
-
-
-def _check_empty(latent: Mapping[str, Any], plan: StepPlan) -> None:
-    """ValueError for an image given to a one-step model, which starts from pure noise."""
-    if plan.conditioning_timestep is not None and torch.count_nonzero(latent["samples"]) > 0:
-        raise ValueError(
-            "latent_image holds an image, but this model makes its image in one step from pure "
-            "noise: connect Empty Latent Image, or use a LoRA of several steps for image to image"
-        )

@@ -13,7 +13,7 @@ SETTINGS = {
     "Comfy.Release.Status": "what's new seen",
     "Comfy.Queue.QPOV2": True,
 }
-READY = "window.dmd2App?.vueAppReady && window.dmd2App.canvas && window.dmd2App.graph"
+READY = "window.dmd2App?.canvas?.graph"
 IGNORED = (
     "/api/userdata/user.css",  # optional files that the page asks for and does not find
     "/user.css",
@@ -43,7 +43,7 @@ def open_workflow(page: Page, workflow: dict[str, Any], name: str) -> None:
     """Load a workflow file and show all of it."""
     data = json.dumps(workflow)
     page.run(f"dmd2App.loadGraphData({data}, true, true, {json.dumps(name)})")
-    page.wait_for(f"dmd2App.graph.nodes.length === {len(workflow['nodes'])}")
+    page.wait_for(f"dmd2App.canvas.graph.nodes.length === {len(workflow['nodes'])}", seconds=8)
     show_all(page)
 
 
@@ -66,6 +66,6 @@ def prompt_of(page: Page) -> dict[str, Any]:
 def missing_nodes(page: Page) -> list[str]:
     """Types in the open workflow that the page does not know."""
     return page.run(
-        "dmd2App.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type] "
+        "dmd2App.canvas.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type] "
         "&& n.type !== 'MarkdownNote').map((n) => n.type)"
     )

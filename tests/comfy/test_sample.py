@@ -46,9 +46,7 @@ class Sampling(Graph):
         return self.add("SaveLatent", samples=latent, filename_prefix="latents/s").name
 
 
-def run_all(
-    server: ComfyServer, graph: Sampling, *latents: list[Any]
-) -> tuple[list[Tensor], Run]:
+def run_all(server: ComfyServer, graph: Sampling, *latents: list[Any]) -> tuple[list[Tensor], Run]:
     """Each latent (B, 4, 16, 16) in the model's own scale."""
     names = [graph.save(latent) for latent in latents]
     run = server.run(graph.prompt)
@@ -70,3 +68,13 @@ def test_four_inputs_and_a_seed_are_the_nodes_put_together(
     expected, _, _ = sampled(server)
     assert torch.equal(latent, expected)
     assert plan(graph, run, output) == "4 steps: 999, 749, 499, 249. 4 passes of the network."
+
+
+def test_compare_draw(server: ComfyServer, model: TinyModel, tmp_path_factory) -> None:
+    graph = Sampling()
+    other = graph.add("DMD2_LoadLoRA", model=graph.checkpoint[0], lora_name=model_files.ONE_STEP_LORA, strength=1.0, family="from the file")[0]
+    grid = graph.add("DMD2_Compare", clip=graph.checkpoint[1], vae=graph.checkpoint[2], model_1=graph.model, model_2=other, label_2="one step", teacher=graph.checkpoint[0], prompts=CAPTION+"\n"+NEGATIVE, seed=3, width=128,height=128)
+    name = graph.add("SaveImage", images=grid[0], filename_prefix="c").name
+    run = server.run(graph.prompt)
+    assert run.error is None, f"{run.failed_node}: {run.error} {run.log}"
+    open("/tmp/smp/grid.png","wb").write(server.view(run.outputs[name]["images"][0]))
