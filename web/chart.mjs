@@ -3,8 +3,8 @@
 
 import { noiseLevels } from './plan.mjs'
 
-export const HEIGHT_PX = 96
-const [TOP_PX, BOTTOM_PX, GAP_PX] = [26, 14, 3]
+export const HEIGHT_PX = 104
+const [TOP_PX, BOTTOM_PX, GAP_PX] = [32, 14, 3]
 const SVG = 'http://www.w3.org/2000/svg'
 const SDXL_LEVELS = noiseLevels()
 
@@ -113,6 +113,6 @@ function drawBars(picture, plan, texts, line, width) {
     bar.append(svg('title', {}, about))
     const fill = runs ? PLAIN : MUTED
     picture.append(bar, line(floor - height - 3, size, fill, timestep, { x: middle }))
-    if (slot >= 26) picture.append(line(HEIGHT_PX - 3, 9, MUTED, level(plan, index), { x: middle }))
+    if (slot >= 32) picture.append(line(HEIGHT_PX - 3, 9, MUTED, `σ ${level(plan, index)}`, { x: middle }))
   })
 }

@@ -45,14 +45,15 @@ class Page:
         self.problems: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._last_id = 0
-        size = f"--window-size={width_px},{height_px}"
-        command = [chromium(), *FLAGS, size, f"--user-data-dir={profile}", "about:blank"]
+        command = [chromium(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._log = (profile.parent / f"{profile.name}.log").open("wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         try:
             self._wait(self._connect(profile / "DevToolsActivePort"))
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
+            size = {"width": width_px, "height": height_px, "deviceScaleFactor": 1}
+            self.send("Emulation.setDeviceMetricsOverride", **size, mobile=False)
         except BaseException:
             self.close()
             raise
@@ -128,10 +129,11 @@ class Page:
         if not self.run(script):
             raise RuntimeError(f"the page never came to {condition}; it reported {self.problems}")
 
-    def screenshot(self, file: Path, quality: int | None = None) -> None:
-        """A PNG, or with `quality` (0..100) a JPEG, of what is seen."""
-        form = {"format": "png"} if quality is None else {"format": "jpeg", "quality": quality}
-        file.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", **form)["data"]))
+    def screenshot(self, file: Path, clip: dict[str, float] | None = None) -> None:
+        """A PNG of what is seen, or of the part `clip` (x, y, width, height in px)."""
+        part = {} if clip is None else {"clip": clip | {"scale": 1}}
+        data = self.send("Page.captureScreenshot", format="png", **part)["data"]
+        file.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         """End the browser by its own process id."""

@@ -11,20 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import base_folder
 import comfy_host
 import tiny_workflow
-import torch
 import workflow_set
 from comfy_server import ComfyServer
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_files import write_controlnet, write_picture
+from tiny_files import write_controlnet, write_pictures
 
 from dmd2_core import Recipe
-from train_lora.demo import scenes, teacher
+from train_lora.demo import teacher
 from train_lora.models.saving import save_single_file
 
 PORT = 8188
@@ -40,14 +39,7 @@ def write_files(base: Path, lora: Path) -> None:
     one_step = models / "loras" / workflow_set.ONE_STEP_LORA
     save_file(load_file(lora), one_step, ONE_STEP.to_metadata())
     write_controlnet(checkpoint, models / "controlnet" / workflow_set.CONTROLNET)
-    scene = scenes.Scene(
-        shape="circle", colour="yellow", background="green", pattern="tiled", size="large",
-        place="centre",
-    )  # fmt: skip
-    [drawn] = scenes.draw([scene], torch.Generator().manual_seed(3))
-    levels = ((drawn + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
-    write_picture(picture, base / "input" / workflow_set.IMAGE)
+    write_pictures(base / "input")
 
 
 def write_workflows(server: ComfyServer) -> None:
@@ -55,12 +47,15 @@ def write_workflows(server: ComfyServer) -> None:
     object_info = server.get("/object_info")
     folder = server.base / "user" / "default" / "workflows"
     for file in sorted((base_folder.REPOSITORY / "workflows").glob("*.json")):
-        small = tiny_workflow.tiny(json.loads(file.read_text(encoding="utf-8")), object_info)
+        small = tiny_workflow.tiny(file, object_info)
         (folder / file.name).write_text(json.dumps(small), encoding="utf-8")
 
 
-def prepared_server(base: Path, lora: Path, port: int) -> ComfyServer:
-    """A running server with everything in place; to be stopped by the caller."""
+def prepared_server(
+    base: Path, lora: Path, port: int, before: Callable[[ComfyServer], None] | None = None
+) -> ComfyServer:
+    """A running server with everything in place; to be stopped by the caller. `before`
+    is called before the workflows are put in place."""
     base_folder.make_base(base)
     write_files(base, lora)
     custom_nodes = tuple(base_folder.CUSTOM_NODES)
@@ -68,6 +63,8 @@ def prepared_server(base: Path, lora: Path, port: int) -> ComfyServer:
         comfyui=comfy_host.comfyui_folder(), base=base, custom_nodes=custom_nodes, port=port
     )
     server.start()
+    if before is not None:
+        before(server)
     write_workflows(server)
     return server
 

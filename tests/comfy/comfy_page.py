@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from browser import Page
@@ -11,25 +12,29 @@ from comfy_server import ComfyServer
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the templates open at the first start
     "Comfy.Release.Status": "what's new seen",
-    "Comfy.Queue.QPOV2": True,
+    "Comfy.Minimap.Visible": False,
 }
-READY = "window.dmd2App?.canvas?.graph"
 IGNORED = (
-    "/api/userdata/user.css",  # optional files that the page asks for and does not find
+    "Content Security Policy",  # the page's own first graph asks for its models' sizes
+    "/api/userdata",  # files of the user that a new one does not have
     "/user.css",
     "favicon",
 )
+MARGIN_PX = 40
 
 
 def start(page: Page, server: ComfyServer, *, locale: str = "en", nodes_2: bool = False) -> None:
-    """Open ComfyUI's page and wait until its nodes are registered."""
+    """Open ComfyUI's page and wait until it has shown its own first graph."""
     settings = SETTINGS | {"Comfy.Locale": locale, "Comfy.VueNodes.Enabled": nodes_2}
     server.post("/settings", settings)
     page.open(f"http://127.0.0.1:{server.port}/")
     page.wait_for("document.querySelector('canvas') && document.readyState === 'complete'")
-    page.run("import('/scripts/app.js').then((m) => { window.dmd2App = m.app })")
-    page.wait_for(READY)
-    page.wait_for("window.LiteGraph?.registered_node_types?.DMD2_Scheduler")
+    page.run(
+        "Promise.all([import('/scripts/app.js'), import('/scripts/api.js')])"
+        ".then(([app, api]) => { window.dmd2 = {app: app.app, api: api.api} })"
+    )
+    page.wait_for("dmd2.app.canvas?.graph?.nodes.length > 0")
+    page.wait_for("LiteGraph.registered_node_types.DMD2_Scheduler")
 
 
 def problems(page: Page) -> list[str]:
@@ -40,32 +45,67 @@ def problems(page: Page) -> list[str]:
 
 
 def open_workflow(page: Page, workflow: dict[str, Any], name: str) -> None:
-    """Load a workflow file and show all of it."""
-    data = json.dumps(workflow)
-    page.run(f"dmd2App.loadGraphData({data}, true, true, {json.dumps(name)})")
-    page.wait_for(f"dmd2App.canvas.graph.nodes.length === {len(workflow['nodes'])}", seconds=8)
-    show_all(page)
+    """Load a workflow file."""
+    page.run(f"dmd2.app.loadGraphData({json.dumps(workflow)}, true, true, {json.dumps(name)})")
+    page.wait_for(f"dmd2.app.canvas.graph.nodes.length === {len(workflow['nodes'])}")
 
 
-def show_all(page: Page) -> None:
-    """Fit the graph into the window; two frames later everything is drawn."""
-    page.run("""(async () => {
-        const command = dmd2App.extensionManager.command
-        await command.execute('Comfy.Canvas.FitView')
-        await new Promise((resolve) => setTimeout(resolve, 500))
-        dmd2App.canvas.draw(true, true)
-        await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))
+def run_workflow(page: Page) -> None:
+    """Queue the open workflow and wait for its pictures; RuntimeError with a node's message."""
+    page.run("""new Promise((resolve, reject) => {
+        const fail = (event) => reject(new Error(event.detail.exception_message))
+        dmd2.api.addEventListener('execution_success', resolve, { once: true })
+        dmd2.api.addEventListener('execution_error', fail, { once: true })
+        dmd2.app.queuePrompt(0, 1).then((queued) => queued || reject(new Error('refused')))
+    }).then(() => null)""")
+    page.wait_for(
+        "dmd2.app.canvas.graph.nodes.filter((node) => node.type === 'SaveImage')"
+        ".every((node) => node.imgs?.length && node.imgs.every((image) => image.complete))"
+    )
+
+
+def photograph(page: Page, file: Path) -> None:
+    """A PNG of the open graph alone: scaled to the window, without the page's bars."""
+    box = page.run(f"""(async () => {{
+        const canvas = dmd2.app.canvas
+        const boxes = canvas.graph.nodes.map((node) => node.getBounding())
+        const left = Math.min(...boxes.map((box) => box[0]))
+        const top = Math.min(...boxes.map((box) => box[1]))
+        const right = Math.max(...boxes.map((box) => box[0] + box[2]))
+        const bottom = Math.max(...boxes.map((box) => box[1] + box[3]))
+        const area = canvas.canvas.getBoundingClientRect()
+        const [width, height] = [right - left, bottom - top]
+        const room = 2 * {MARGIN_PX}
+        const scale = Math.min((area.width - room) / width, (area.height - room) / height, 1)
+        canvas.ds.scale = scale
+        canvas.ds.offset = [{MARGIN_PX} / scale - left, {MARGIN_PX} / scale - top]
+        canvas.draw(true, true)
+        const frame = () => new Promise((done) => requestAnimationFrame(done))
+        for (let i = 0; i < 4; i++) await frame()
+        return {{x: area.x, y: area.y, width: width * scale + room, height: height * scale + room}}
+    }})()""")
+    page.screenshot(file, clip=box)
+
+
+def hide_bars(page: Page) -> None:
+    """Leave nothing of the page but the graph, for `photograph`."""
+    page.run("""(() => {
+        const style = document.createElement('style')
+        style.textContent = `
+            .z-999, .p-toast, .comfyui-body-top, .comfyui-body-left { opacity: 0 !important }`
+        document.head.append(style)
+        dmd2.app.canvas.show_info = false
     })()""")
 
 
 def prompt_of(page: Page) -> dict[str, Any]:
     """The API-format prompt that the page makes of the open workflow."""
-    return page.run("dmd2App.graphToPrompt().then((prompt) => prompt.output)")
+    return page.run("dmd2.app.graphToPrompt().then((prompt) => prompt.output)")
 
 
 def missing_nodes(page: Page) -> list[str]:
     """Types in the open workflow that the page does not know."""
     return page.run(
-        "dmd2App.canvas.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type] "
-        "&& n.type !== 'MarkdownNote').map((n) => n.type)"
+        "dmd2.app.canvas.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type])"
+        ".map((n) => n.type)"
     )

@@ -1,4 +1,4 @@
-"""Writes workflows/*.json, their thumbnails and the README's picture anew.
+"""Writes workflows/*.json, subgraphs/*.json, thumbnails and the README's picture anew.
 
     python tests/comfy/make_workflows.py --lora demo_output/dmd2_demo_4step.safetensors
 
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import base_folder
+import blueprint
 import comfy_page
 import workflow_set
 from browser import Page
@@ -23,28 +24,28 @@ from PIL import Image
 from workflow_builder import text_of
 
 WORKFLOWS = base_folder.REPOSITORY / "workflows"
+SUBGRAPHS = base_folder.REPOSITORY / "subgraphs"
 README_WORKFLOW = "dmd2_text_to_image"
 README_PICTURE = base_folder.REPOSITORY / "docs" / "workflow.jpg"
-PAGE_PX, THUMBNAIL_PX = (1760, 1000), (720, 410)
+PAGE_PX, THUMBNAIL_PX = (1760, 1000), (720, 480)
 QUALITY = 85
 
 
 def write_files(server: ComfyServer) -> None:
-    """workflows/*.json from the definitions that this server gives."""
+    """workflows/*.json and the blueprint from the definitions that this server gives."""
     object_info = server.get("/object_info")
     for name in workflow_set.WORKFLOWS:
         text = text_of(workflow_set.build(name, object_info))
         (WORKFLOWS / f"{name}.json").write_text(text, encoding="utf-8")
+    text = text_of(blueprint.build(object_info))
+    (SUBGRAPHS / f"{blueprint.NAME}.json").write_text(text, encoding="utf-8")
 
 
-def photograph(server: ComfyServer, page: Page, name: str, file: Path) -> None:
-    """The workflow in the tiny model's size, after a run, without the page's bars."""
+def opened_and_run(server: ComfyServer, page: Page, name: str) -> None:
+    """The page shows the workflow in the tiny model's size, after a run."""
     saved = server.base / "user" / "default" / "workflows" / f"{name}.json"
     comfy_page.open_workflow(page, json.loads(saved.read_text(encoding="utf-8")), name)
     comfy_page.run_workflow(page)
-    comfy_page.hide_bars(page)
-    comfy_page.show_all(page)
-    page.screenshot(file)
 
 
 def main() -> None:
@@ -53,19 +54,21 @@ def main() -> None:
     lora = parser.parse_args().lora
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        server = prepared_server(folder / "base", lora, port=0, workflows=write_files)
+        server = prepared_server(folder / "base", lora, port=0, before=write_files)
         try:
             page = Page(folder / "profile", *PAGE_PX)
             try:
                 comfy_page.start(page, server)
+                comfy_page.hide_bars(page)
                 for name in workflow_set.WORKFLOWS:
                     shot = folder / f"{name}.png"
-                    photograph(server, page, name, shot)
+                    opened_and_run(server, page, name)
+                    comfy_page.photograph(page, shot)
                     picture = Image.open(shot).convert("RGB")
                     if name == README_WORKFLOW:
                         picture.save(README_PICTURE, quality=QUALITY)
-                    small = picture.resize(THUMBNAIL_PX, Image.Resampling.LANCZOS)
-                    small.save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
+                    picture.thumbnail(THUMBNAIL_PX, Image.Resampling.LANCZOS)
+                    picture.save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
                     print(name, comfy_page.problems(page) or "", flush=True)
             finally:
                 page.close()

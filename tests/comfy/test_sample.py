@@ -72,9 +72,27 @@ def test_four_inputs_and_a_seed_are_the_nodes_put_together(
 
 def test_compare_draw(server: ComfyServer, model: TinyModel, tmp_path_factory) -> None:
     graph = Sampling()
-    other = graph.add("DMD2_LoadLoRA", model=graph.checkpoint[0], lora_name=model_files.ONE_STEP_LORA, strength=1.0, family="from the file")[0]
-    grid = graph.add("DMD2_Compare", clip=graph.checkpoint[1], vae=graph.checkpoint[2], model_1=graph.model, model_2=other, label_2="one step", teacher=graph.checkpoint[0], prompts=CAPTION+"\n"+NEGATIVE, seed=3, width=128,height=128)
+    other = graph.add(
+        "DMD2_LoadLoRA",
+        model=graph.checkpoint[0],
+        lora_name=model_files.ONE_STEP_LORA,
+        strength=1.0,
+        family="from the file",
+    )[0]
+    grid = graph.add(
+        "DMD2_Compare",
+        clip=graph.checkpoint[1],
+        vae=graph.checkpoint[2],
+        model_1=graph.model,
+        model_2=other,
+        label_2="one step",
+        teacher=graph.checkpoint[0],
+        prompts=CAPTION + "\n" + NEGATIVE,
+        seed=3,
+        width=128,
+        height=128,
+    )
     name = graph.add("SaveImage", images=grid[0], filename_prefix="c").name
     run = server.run(graph.prompt)
     assert run.error is None, f"{run.failed_node}: {run.error} {run.log}"
-    open("/tmp/smp/grid.png","wb").write(server.view(run.outputs[name]["images"][0]))
+    open("/tmp/smp/grid.png", "wb").write(server.view(run.outputs[name]["images"][0]))

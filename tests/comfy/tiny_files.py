@@ -5,9 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny_workflow
 import torch
+import workflow_set
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train_lora.demo import scenes
 
 HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)
 WIDTH = 32
@@ -43,7 +48,7 @@ def write_controlnet(checkpoint: Path, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
 
-def _block_widths(unet: dict[str, torch.Tensor]) -> list[int]:
+def _block_widths(unet: dict[str, Tensor]) -> list[int]:
     """Channels that each input block puts out."""
     widths = []
     while True:
@@ -56,13 +61,20 @@ def _block_widths(unet: dict[str, torch.Tensor]) -> list[int]:
             return widths
 
 
-def write_picture(image: Image.Image, path: Path) -> None:
-    """`image` with a round hole in the middle of its alpha: ComfyUI's mask."""
-    width, height = image.size
-    down, across = torch.meshgrid(
-        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+def write_pictures(folder: Path) -> None:
+    """A drawn scene, and the same with a round hole in its alpha: ComfyUI's mask."""
+    scene = scenes.Scene(
+        shape="circle", colour="yellow", background="green", pattern="tiled", size="large"
     )
-    alpha = ((down**2 + across**2) > 0.4).to(torch.uint8) * 255
-    masked = image.convert("RGB")
-    masked.putalpha(Image.fromarray(alpha.numpy()))
-    masked.save(path)
+    [drawn] = scenes.draw([scene], torch.Generator().manual_seed(3))
+    levels = ((drawn + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
+    picture.save(folder / workflow_set.IMAGE)
+    picture.putalpha(Image.fromarray(_outside_disc(*picture.size).numpy()))
+    picture.save(folder / tiny_workflow.MASKED_IMAGE)
+
+
+def _outside_disc(width: int, height: int) -> Tensor:
+    """255 outside of a disc around the middle, 0 inside: (height, width), uint8."""
+    down, across = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return ((down[:, None] ** 2 + across**2) > 0.5).to(torch.uint8) * 255

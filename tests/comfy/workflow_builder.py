@@ -11,8 +11,8 @@ from typing import Any
 
 from graphs import widgets_of
 
-COLUMN_PX, GAP_PX = 60, 40
-TITLE_PX, SLOT_PX, WIDGET_PX, TEXT_PX, CHART_PX = 40, 22, 26, 90, 106
+COLUMN_PX, GAP_PX = 70, 60
+TITLE_PX, SLOT_PX, WIDGET_PX, TEXT_PX, CHART_PX = 16, 20, 24, 90, 110
 EXTRA_PX = {"SaveImage": 400, "PreviewImage": 320, "LoadImage": 340, "PreviewAny": 150}
 EXTRA_PX |= {"DMD2_Scheduler": CHART_PX, "DMD2_Sample": CHART_PX, "DMD2_LoadLoRA": 0}
 WIDTH_PX = {"SaveImage": 420, "MarkdownNote": 420}
@@ -34,8 +34,10 @@ class Node:
 class Workflow:
     """A workflow file under construction: nodes stack up in columns from left to right."""
 
-    def __init__(self, object_info: dict[str, Any]) -> None:
+    def __init__(self, object_info: dict[str, Any], *, widget_slots: bool = False) -> None:
+        """`widget_slots`: widgets are listed as inputs too, which a subgraph's links need."""
         self._info = object_info
+        self._widget_slots = widget_slots
         self._nodes: list[dict[str, Any]] = []
         self._links: list[list[Any]] = []
         self._x_px, self._y_px, self._width_px = 0, 0, 0
@@ -60,6 +62,11 @@ class Workflow:
             for name, spec in options.items()
             if name not in widgets
         ]
+        if self._widget_slots:
+            inputs += [
+                {"name": name, "type": _type(options[name]), "widget": {"name": name}}
+                for name in widgets
+            ]
         values, texts = [], 0
         for name, control in widgets.items():
             value = given.pop(name) if name in given else _default(options[name])
@@ -71,7 +78,8 @@ class Workflow:
             {"name": name, "type": type_, "links": []}
             for name, type_ in zip(info["output_name"], info["output"], strict=True)
         ]
-        height_px = TITLE_PX + SLOT_PX * max(len(inputs), len(outputs)) + WIDGET_PX * len(values)
+        sockets = max(len(options) - len(widgets), len(outputs))
+        height_px = TITLE_PX + SLOT_PX * sockets + WIDGET_PX * len(values)
         height_px += TEXT_PX * texts + EXTRA_PX.get(kind, 0)
         node = self._place(kind, title, inputs, outputs, values, height_px)
         for name, (source, output) in given.items():

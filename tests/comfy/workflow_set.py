@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from workflow_builder import Link, Workflow
+from workflow_builder import Link, Node, Workflow
 
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
@@ -19,6 +19,7 @@ SIZE_PX = 1024
 PROMPT = "a lighthouse on a cliff at dawn, photograph"
 PROMPTS = f"{PROMPT}\na portrait of an old fisherman, film photograph"
 NEGATIVE = "blurry, text, watermark"
+NO_NEGATIVE = "Negative prompt (no effect at cfg 1)"
 FAMILY = "DMD2, 4 steps"
 
 FILES = {
@@ -38,7 +39,7 @@ def _note(flow: Workflow, title: str, text: str, files: list[str], height_px: in
     flow.note(f"## {title}\n\n{text.strip()}\n\n**Files**\n\n{listed}", height_px)
 
 
-def _models(flow: Workflow, lora: str = LORA, family: str = FAMILY) -> tuple[Any, Any]:
+def models(flow: Workflow, lora: str = LORA, family: str = FAMILY) -> tuple[Node, Node]:
     """Checkpoint and LoRA, below the note."""
     checkpoint = flow.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     loader = flow.add(
@@ -47,17 +48,17 @@ def _models(flow: Workflow, lora: str = LORA, family: str = FAMILY) -> tuple[Any
     return checkpoint, loader
 
 
-def _prompt(flow: Workflow, clip: Link, text: str = PROMPT, title: str = "Prompt") -> Link:
-    return flow.add("CLIPTextEncode", title, clip=clip, text=text)["CONDITIONING"]
+def prompt(flow: Workflow, clip: Link, text: str = PROMPT, title: str = "Prompt") -> Node:
+    return flow.add("CLIPTextEncode", title, clip=clip, text=text)
 
 
-def _negative(flow: Workflow, clip: Link) -> Link:
-    return _prompt(flow, clip, NEGATIVE, "Negative prompt (works at cfg 1)")
+def negative_prompt(flow: Workflow, clip: Link) -> Node:
+    return prompt(flow, clip, NEGATIVE, "Negative prompt (works at cfg 1)")
 
 
-def _empty(flow: Workflow) -> Link:
+def empty(flow: Workflow) -> Node:
     size = {"width": SIZE_PX, "height": SIZE_PX}
-    return flow.add("EmptyLatentImage", **size, batch_size=1)["LATENT"]
+    return flow.add("EmptyLatentImage", **size, batch_size=1)
 
 
 def _picture(flow: Workflow, latent: Link, vae: Link) -> None:
@@ -74,12 +75,12 @@ else is to be set. Its chart shows the timesteps.
 The negative prompt acts through attention guidance (**nag_scale**), since the model runs at cfg
 1.
 """
-    _note(flow, "Text to image, 4 steps", text, ["checkpoint", "lora"], 400)
-    checkpoint, loader = _models(flow)
+    _note(flow, "Text to image, 4 steps", text, ["checkpoint", "lora"], 300)
+    checkpoint, loader = models(flow)
     flow.column(380)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _negative(flow, checkpoint["CLIP"])
-    latent = _empty(flow)
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = negative_prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    latent = empty(flow)["LATENT"]
     flow.column(340)
     sampled = flow.add(
         "DMD2_Sample",
@@ -100,12 +101,12 @@ The same as *DMD2 Sample*, from its parts: **DMD2 Scheduler** gives the trained 
 Sampler** the noise between them, ComfyUI's SamplerCustom runs them. Keep its **cfg at 1**:
 guidance is baked into the LoRA, so the negative prompt here does nothing.
 """
-    _note(flow, "4 steps with SamplerCustom", text, ["checkpoint", "lora"], 360)
-    checkpoint, loader = _models(flow)
+    _note(flow, "4 steps with SamplerCustom", text, ["checkpoint", "lora"], 290)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _prompt(flow, checkpoint["CLIP"], "", "Negative prompt (no effect at cfg 1)")
-    latent = _empty(flow)
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = prompt(flow, checkpoint["CLIP"], "", NO_NEGATIVE)["CONDITIONING"]
+    latent = empty(flow)["LATENT"]
     flow.column(320)
     sigmas = flow.add("DMD2_Scheduler", model=loader["model"], recipe=loader["recipe"])
     sampler = flow.add("DMD2_Sampler", recipe=loader["recipe"])
@@ -145,12 +146,12 @@ One network evaluation. A one-step model starts from pure noise but is told an e
 (SDXL: 399). **DMD2 Conditioning Timestep** arranges that; scheduler and SamplerCustom both get
 its model.
 """
-    _note(flow, "Text to image, 1 step", text, ["checkpoint", "one_step"], 320)
-    checkpoint, loader = _models(flow, ONE_STEP_LORA, "from the file")
+    _note(flow, "Text to image, 1 step", text, ["checkpoint", "one_step"], 260)
+    checkpoint, loader = models(flow, ONE_STEP_LORA, "from the file")
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _prompt(flow, checkpoint["CLIP"], "", "Negative prompt (no effect at cfg 1)")
-    latent = _empty(flow)
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = prompt(flow, checkpoint["CLIP"], "", NO_NEGATIVE)["CONDITIONING"]
+    latent = empty(flow)["LATENT"]
     flow.column(320)
     patched = flow.add("DMD2_ConditioningTimestep", model=loader["model"], recipe=loader["recipe"])
     sigmas = flow.add("DMD2_Scheduler", model=patched["model"], recipe=loader["recipe"])
@@ -168,11 +169,11 @@ def image_to_image(flow: Workflow) -> None:
 shows which. Lower keeps more of your picture. (KSampler's denoise would leave the trained
 timesteps.)
 """
-    _note(flow, "Image to image", text, ["checkpoint", "lora"], 340)
-    checkpoint, loader = _models(flow)
+    _note(flow, "Image to image", text, ["checkpoint", "lora"], 290)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _negative(flow, checkpoint["CLIP"])
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = negative_prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
     image = flow.add("LoadImage", "Your picture", image=IMAGE)
     flow.column(340)
     latent = flow.add("VAEEncode", pixels=image["IMAGE"], vae=checkpoint["VAE"])["LATENT"]
@@ -194,11 +195,11 @@ def inpainting(flow: Workflow) -> None:
 Paint a mask on your picture: right-click on it, *Open in MaskEditor*. What you paint is made
 anew, the rest stays. At denoise 0.75 what was there shines through; at 1 it does not.
 """
-    _note(flow, "Inpainting", text, ["checkpoint", "lora"], 330)
-    checkpoint, loader = _models(flow)
+    _note(flow, "Inpainting", text, ["checkpoint", "lora"], 290)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _negative(flow, checkpoint["CLIP"])
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = negative_prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
     image = flow.add("LoadImage", "Your picture, with a mask", image=IMAGE)
     flow.column(340)
     encoded = flow.add("VAEEncode", pixels=image["IMAGE"], vae=checkpoint["VAE"])["LATENT"]
@@ -228,12 +229,12 @@ def hires_fix(flow: Workflow) -> None:
 First 4 steps at 1024 px; then the picture is enlarged 1.5 times and gets the last 2 steps again
 (denoise 0.5 starts at timestep 499, the second of the trained steps from the end).
 """
-    _note(flow, "Hires fix in two passes", text, ["checkpoint", "lora"], 330)
-    checkpoint, loader = _models(flow)
+    _note(flow, "Hires fix in two passes", text, ["checkpoint", "lora"], 290)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _negative(flow, checkpoint["CLIP"])
-    latent = _empty(flow)
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = negative_prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    latent = empty(flow)["LATENT"]
     flow.column(340)
     prompts = {"model": loader["model"], "positive": positive, "negative": negative}
     first = flow.add("DMD2_Sample", "First pass", latent_image=latent, **prompts)
@@ -253,11 +254,11 @@ def controlnet(flow: Workflow) -> None:
 The edges of your picture guide the image. With few steps a ControlNet acts strongly: start with
 **strength** 0.5 to 0.8.
 """
-    _note(flow, "ControlNet", text, ["checkpoint", "lora", "controlnet"], 380)
-    checkpoint, loader = _models(flow)
+    _note(flow, "ControlNet", text, ["checkpoint", "lora", "controlnet"], 310)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _negative(flow, checkpoint["CLIP"])
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = negative_prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
     image = flow.add("LoadImage", "Your picture", image=IMAGE)
     flow.column(320)
     edges = flow.add("Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)
@@ -271,7 +272,7 @@ The edges of your picture guide the image. With few steps a ControlNet acts stro
         vae=checkpoint["VAE"],
         strength=0.7,
     )
-    latent = _empty(flow)
+    latent = empty(flow)["LATENT"]
     flow.column(340)
     sampled = flow.add(
         "DMD2_Sample",
@@ -291,12 +292,12 @@ For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** makes the schedul
 on the trained timesteps and holds cfg at 1. Use the same number of **steps** in both. Any sampler
 works; `lcm` is the loop the model was trained in.
 """
-    _note(flow, "Stock KSampler", text, ["checkpoint", "lora"], 360)
-    checkpoint, loader = _models(flow)
+    _note(flow, "Stock KSampler", text, ["checkpoint", "lora"], 290)
+    checkpoint, loader = models(flow)
     flow.column(360)
-    positive = _prompt(flow, checkpoint["CLIP"])
-    negative = _prompt(flow, checkpoint["CLIP"], "", "Negative prompt (no effect at cfg 1)")
-    latent = _empty(flow)
+    positive = prompt(flow, checkpoint["CLIP"])["CONDITIONING"]
+    negative = prompt(flow, checkpoint["CLIP"], "", NO_NEGATIVE)["CONDITIONING"]
+    latent = empty(flow)["LATENT"]
     flow.column(340)
     patched = flow.add("DMD2_KSamplerPatch", model=loader["model"], recipe=loader["recipe"])
     sampled = flow.add(
@@ -321,7 +322,7 @@ The same prompts and noise through several models, as one labelled grid: here th
 strength, at 0.7, and the model without it in many steps. Each model is sampled by the recipe that
 it carries.
 """
-    _note(flow, "Compare", text, ["checkpoint", "lora"], 360)
+    _note(flow, "Compare", text, ["checkpoint", "lora"], 290)
     checkpoint = flow.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     flow.column(340)
     options = {"model": checkpoint["MODEL"], "lora_name": LORA, "family": FAMILY}
