@@ -8,6 +8,7 @@ from .compare import Compare
 from .conditioning_timestep import ConditioningTimestep
 from .ksampler_patch import KSamplerPatch
 from .load_lora import LoadLoRA
+from .merge_check import MergeCheck
 from .sample import Sample
 from .sampler import Sampler
 from .scheduler import Scheduler
@@ -23,4 +24,5 @@ class DMD2Extension(ComfyExtension):
             ConditioningTimestep,
             KSamplerPatch,
             Compare,
+            MergeCheck,
         ]

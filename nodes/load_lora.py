@@ -28,7 +28,7 @@ class LoadLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the LoRA was distilled from."),
                 io.Combo.Input(
                     "lora_name",
-                    options=_lora_files(),
+                    options=lora_files(),
                     tooltip="A file in the loras folder, exported by the trainer or published.",
                 ),
                 io.Float.Input(
@@ -78,8 +78,7 @@ class LoadLoRA(io.ComfyNode):
     def execute(
         cls, model: Any, lora_name: str, strength: float, family: str, clip: Any = None
     ) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        tensors, metadata = _read(path, lora_name)
+        tensors, metadata = read_lora(lora_name)
         sampling = model.get_model_object("model_sampling")
         recipe = recipes.of_file(metadata, family, sampling)
         earlier = recipes.recipe_for(model, None)
@@ -98,7 +97,7 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(patched, patched_clip, recipe or earlier, report)
 
 
-def _lora_files() -> list[str]:
+def lora_files() -> list[str]:
     """What the loras folder holds in safetensors form; other formats can run code when read."""
     return [
         name
@@ -107,8 +106,9 @@ def _lora_files() -> list[str]:
     ]
 
 
-def _read(path: str, name: str) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """The file's tensors and metadata; ValueError whatever is wrong with it."""
+def read_lora(name: str) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The tensors and metadata of a file in the loras folder; ValueError whatever is wrong."""
+    path = folder_paths.get_full_path_or_raise("loras", name)
     try:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     except Exception as error:  # safetensors' own kinds, which differ between its readers

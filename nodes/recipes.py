@@ -1,16 +1,11 @@
-"""Where a recipe comes from: the connection, the model, or the family that the user names.
-
-A file without a recipe says nothing about itself, so people choose its family. What is listed here
-follows each family's published instructions; what could not be established is left out.
-"""
+"""Where a recipe comes from: the connection, the model, or the family that the user names."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..dmd2_core import Recipe, StepPlan
+from ..dmd2_core import FAMILIES, Recipe, family_recipe
 from .k_diffusion import has_zero_snr, prediction_of
 
 RECIPE_ATTACHMENT = "dmd2_recipe"
@@ -20,39 +15,6 @@ METADATA_ATTACHMENT = "lora_metadata"
 FROM_FILE = "from the file"
 
 
-def _evenly(num_steps: int, strength: float) -> Recipe:
-    return Recipe(timesteps=StepPlan.evenly(num_steps).timesteps, strength=strength)
-
-
-# Trailing spacing (Euler, DDIM) is StepPlan.evenly: 4 steps are 999, 749, 499, 249. Every family
-# here has its guidance baked in (guidance_scale 0 or 1 in diffusers is cfg 1 in ComfyUI).
-FAMILIES: Mapping[str, Recipe] = {
-    # Model card of tianweiy/DMD2 (Hugging Face): LCMScheduler with these timesteps, guidance 0,
-    # lora_scale 1; the one-step UNet with timesteps=[399].
-    "DMD2, 4 steps": _evenly(4, 1.0),
-    "DMD2, 1 step": Recipe(timesteps=(999,), conditioning_timestep=399),
-    # Model cards of latent-consistency/lcm-lora-sdxl and -sdv1-5: LCMScheduler, 2 to 8 steps,
-    # guidance off or 1 to 2. The timesteps are that scheduler's own, on its grid of 50
-    # (diffusers 0.42: LCMScheduler().set_timesteps(n)).
-    "LCM, 4 steps": Recipe(timesteps=(999, 759, 499, 259)),
-    "LCM, 8 steps": Recipe(timesteps=(999, 879, 759, 639, 499, 379, 259, 139)),
-    # Model card of ByteDance/SDXL-Lightning: EulerDiscreteScheduler, trailing, guidance 0, each
-    # file with its own number of steps. (Its one-step model predicts x0 and is no LoRA.)
-    "SDXL-Lightning, 2 steps": _evenly(2, 0.0),
-    "SDXL-Lightning, 4 steps": _evenly(4, 0.0),
-    "SDXL-Lightning, 8 steps": _evenly(8, 0.0),
-    # Model card of ByteDance/Hyper-SD: the LoRAs for 2, 4 and 8 steps with DDIMScheduler, trailing,
-    # guidance 0; the unified LoRA at 1 step with TCDScheduler, which starts at 999; the SDXL UNet
-    # for 1 step with LCMScheduler and timesteps=[800], guidance 0.
-    "Hyper-SD, 1 step LoRA": _evenly(1, 1.0),
-    "Hyper-SD, 2 steps": _evenly(2, 0.0),
-    "Hyper-SD, 4 steps": _evenly(4, 0.0),
-    "Hyper-SD, 8 steps": _evenly(8, 0.0),
-    "Hyper-SD, 1 step UNet": Recipe(timesteps=(999,), conditioning_timestep=800),
-    # Model card of stabilityai/sdxl-turbo: num_inference_steps=1, guidance_scale=0, trailing. (More
-    # steps use an ancestral sampler, which is another loop.)
-    "SDXL-Turbo, 1 step": _evenly(1, 1.0),
-}
 FAMILY_NAMES = (FROM_FILE, *FAMILIES)
 
 
@@ -84,12 +46,9 @@ def of_file(metadata: Mapping[str, str] | None, family: str, model_sampling: Any
     """
     if family == FROM_FILE:
         return Recipe.from_metadata(metadata)
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILY_NAMES)}")
     prediction = prediction_of(model_sampling) or "epsilon"
     zero_snr = prediction != "epsilon" and has_zero_snr(model_sampling)
-    recipe = FAMILIES[family]
-    return dataclasses.replace(recipe, prediction=prediction, zero_terminal_snr=zero_snr)
+    return family_recipe(family, prediction, zero_snr)
 
 
 def disagreements(recipe: Recipe | None, model_sampling: Any) -> list[str]:

@@ -88,6 +88,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_export(commands)
+    _add_merge(commands)
     _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)
@@ -161,6 +162,30 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
     )
     command.set_defaults(run=_export, takes_keys=False, parser=command)
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="bake a few-step LoRA into a checkpoint, which keeps its recipe",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT.safetensors", help="SDXL or SD1.5, one file"
+    )
+    command.add_argument("lora", type=Path, metavar="LORA.safetensors", help="the few-step LoRA")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
+    )
+    command.add_argument(
+        "--strength", type=float, default=1.0, help="of the LoRA; it was trained at 1 (default)"
+    )
+    command.add_argument(
+        "--family",
+        metavar="NAME",
+        help="what a published LoRA without a recipe is, such as 'DMD2, 4 steps'",
+    )
+    command.set_defaults(run=_merge, takes_keys=False, parser=command)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -280,6 +305,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
     for path in export_checkpoint(arguments.source, arguments.out, arguments.checkpoint):
         print(path)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from .merge import merge
+
+    merged = merge(
+        arguments.checkpoint,
+        arguments.lora,
+        arguments.out,
+        strength=arguments.strength,
+        family=arguments.family,
+    )
+    print(merged.summary)
     return 0
 
 

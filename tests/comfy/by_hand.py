@@ -19,8 +19,9 @@ import comfy_host
 import tiny_workflow
 import workflow_set
 from comfy_server import ComfyServer
+from model_files import write_controlnet
 from safetensors.torch import load_file, save_file
-from tiny_files import write_controlnet, write_pictures
+from tiny_pictures import write_pictures
 
 from dmd2_core import Recipe
 from train_lora.demo import teacher

@@ -121,8 +121,7 @@ class ComfyServer:
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
-                answer = response.read()
-                return json.loads(answer) if answer else None
+                return json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code} {error.read().decode()}") from None
 

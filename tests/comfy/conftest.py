@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE))
 import base_folder  # noqa: E402
 import comfy_host  # noqa: E402
 import comfy_server  # noqa: E402
+import model_files  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,3 +84,9 @@ def server(
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def model(server: comfy_server.ComfyServer) -> model_files.TinyModel:
+    """The tiny model in diffusers; its files lie where the server finds them."""
+    return model_files.build(server.base / "models")

@@ -25,10 +25,11 @@ INPUT_FIELDS = {
     "Int": {"optional", "tooltip", "default", "min", "max", "step"},
     "Float": {"optional", "tooltip", "default", "min", "max", "step", "round"},
     "String": {"optional", "tooltip", "default", "multiline"},
+    "Boolean": {"optional", "tooltip", "default"},
     "Combo": {"optional", "tooltip", "default", "options"},
 }
 OUTPUT_FIELDS = {"display_name", "tooltip"}
-HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "torch", "tqdm"}
+HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "safetensors", "torch", "tqdm"}
 FORBIDDEN_NAMES = {"eval", "exec", "subprocess", "system", "popen", "__import__"}
 
 

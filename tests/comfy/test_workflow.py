@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,18 @@ import graphs
 import model_files
 import pytest
 import torch
-from comfy_server import ComfyServer, Run
+from comfy_server import ComfyServer
 from graphs import sampling_graph
 from model_files import SIZE_PX, TinyModel
-from PIL import Image
+from renders import ATOL, CAPTION, SEED, failure, first_noise, picture, reports, sampled
 from safetensors.torch import load
-from torch import Tensor
 
 from dmd2_core import SeededNoise, StepPlan, few_step_sample, initial_sample
 from train_lora.demo import scenes
 from train_lora.demo.architecture import LATENT_SCALE
 from train_lora.demo.classifier import load_classifier, recognised
 
-CAPTION = "a small red ring on a striped blue background, left"
-SEED = 1234
-ATOL = 1e-3
-"""On latents of unit size: float32 against float32 in another order, 14.6 times at t = 999."""
+NUM_NODES = 6
 COMFYUI_COMPLAINTS = (
     "lora key not loaded",
     "NOT LOADED",
@@ -34,44 +29,6 @@ COMFYUI_COMPLAINTS = (
     "unet missing",
     "Traceback",
 )
-
-
-@pytest.fixture(scope="module")
-def model(server: ComfyServer) -> TinyModel:
-    return model_files.build(server.base / "models")
-
-
-def sampled(server: ComfyServer, **options: Any) -> tuple[Tensor, Tensor, Run]:
-    """Latents (B, 4, 16, 16) in the model's own scale, pictures (B, 3, 128, 128) in [0, 1]."""
-    graph, names = sampling_graph(
-        **{"caption": CAPTION, "seed": SEED, "size_px": SIZE_PX} | options
-    )
-    run = server.run(graph.prompt)
-    assert run.error is None, f"{run.failed_node}: {run.error}"
-    [latent_file] = run.outputs[names["latent"]]["latents"]
-    latent = load(server.view(latent_file))["latent_tensor"]
-    pictures = [picture(server, file) for file in run.outputs[names["image"]]["images"]]
-    return latent * LATENT_SCALE, torch.stack(pictures), run
-
-
-def picture(server: ComfyServer, file: dict[str, str]) -> Tensor:
-    """(3, H, W) in [0, 1]."""
-    with Image.open(io.BytesIO(server.view(file))) as image:
-        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
-
-
-def first_noise(batch: int = 1) -> Tensor:
-    """What ComfyUI's sampling nodes draw for SEED."""
-    shape = (batch, 4, SIZE_PX // 8, SIZE_PX // 8)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-
-
-def failure(server: ComfyServer, **options: Any) -> Run:
-    graph, _ = sampling_graph(**{"caption": CAPTION, "seed": SEED, "size_px": SIZE_PX} | options)
-    run = server.run(graph.prompt)
-    assert run.error is not None
-    return run
 
 
 def test_the_shipped_workflow_makes_a_picture(server: ComfyServer, model: TinyModel) -> None:
@@ -102,7 +59,7 @@ def test_the_trainers_lora_paints_what_the_prompts_say(
     classifier, hits = load_classifier(), []
     for scene in chosen:
         _, pictures, run = sampled(server, caption=scene.caption, batch=2, lora=name)
-        [report] = [text for out in run.outputs.values() for text in out.get("text", ())]
+        [report] = reports(run)
         assert f"{model.num_modules} of {model.num_modules} modules applied" in report
         hits.append(recognised(classifier, pictures * 2 - 1, scenes.labels([scene] * 2)))
     # The student's share over many pictures is 0.96 (chance: 0.25); 58 attributes scatter by 0.03.
@@ -223,22 +180,18 @@ def test_a_lora_without_a_recipe_gets_the_usual_four_steps(
     latent, _, run = sampled(server, lora=model_files.PLAIN_LORA)
     expected, _, _ = sampled(server)
     torch.testing.assert_close(latent, expected, rtol=0, atol=0)
-    assert any("The file has no recipe" in text for text in texts(run))
+    assert "The file has no recipe" in reports(run)[0]
 
 
 def test_diffusers_names_are_applied_too(server: ComfyServer, model: TinyModel) -> None:
     latent, _, run = sampled(server, lora=model_files.DIFFUSERS_LORA)
-    assert f"{model.num_modules} of {model.num_modules} modules applied" in texts(run)[0]
+    assert f"{model.num_modules} of {model.num_modules} modules applied" in reports(run)[0]
     torch.testing.assert_close(latent, sampled(server)[0], rtol=0, atol=ATOL / 10)
-
-
-def texts(run: Run) -> list[str]:
-    return [text for output in run.outputs.values() for text in output.get("text", ())]
 
 
 def test_modules_that_do_not_apply_are_reported(server: ComfyServer, model: TinyModel) -> None:
     _, _, run = sampled(server, lora=model_files.PARTIAL_LORA)
-    [report] = texts(run)
+    [report] = reports(run)
     total = model.num_modules + model_files.NUM_UNKNOWN
     assert f"{model.num_modules} of {total} modules applied" in report
     assert "Not applied: 2 modules that this model lacks: lora_unet_input_blocks_90_0" in report
@@ -246,8 +199,11 @@ def test_modules_that_do_not_apply_are_reported(server: ComfyServer, model: Tiny
 
 
 def test_a_lora_for_another_prediction_is_warned_of(server: ComfyServer, model: TinyModel) -> None:
-    _, _, run = sampled(server, lora=model_files.V_LORA)
-    [report] = texts(run)
+    graph, names = sampling_graph(caption=CAPTION, seed=1, size_px=8, lora=model_files.V_LORA)
+    loader = graph.prompt[names["report"]]["inputs"]["source"][0]
+    alone = {name: graph.prompt[name] for name in ("1", loader, names["report"])}
+    run = server.run(alone)
+    [report] = reports(run)
     assert "trained on a model with v prediction, this one uses epsilon" in report
     assert "trained with zero terminal SNR, unlike this model" in report
     assert "trained on a model with v prediction" in run.log
@@ -299,14 +255,14 @@ def test_a_newly_exported_lora_is_loaded_again(server: ComfyServer, model: TinyM
     _, _, first = sampled(server, lora=target.name)
     target.write_bytes((loras / model_files.PARTIAL_LORA).read_bytes())
     _, _, second = sampled(server, lora=target.name)
-    assert "Not applied" not in texts(first)[0]
-    assert "Not applied" in texts(second)[0]
+    assert "Not applied" not in reports(first)[0]
+    assert "Not applied" in reports(second)[0]
 
 
 def test_the_page_gets_help_and_workflow(server: ComfyServer) -> None:
     info = server.get("/object_info")
     ours = [name for name in info if name.startswith("DMD2_")]
-    assert len(ours) == 4
+    assert len(ours) == NUM_NODES
     for name in ours:
         page = server.get_bytes(f"/extensions/dmd2/docs/{name}.md").decode()
         for kind in ("required", "optional"):
