@@ -18,8 +18,6 @@ from .recipes import recipe_for
 
 NUM_MODELS, MAX_PROMPTS = 4, 16
 LATENT_PX = 8
-DDIM = 0.0
-"""Noise strength of the teacher's sampler."""
 
 
 def _model_inputs() -> list[Any]:
@@ -179,7 +177,7 @@ def _teacher(model: Any, num_steps: int, guidance: float, empty: Conditioning) -
             negative=None if has_zero_unconditional(model) else empty,
             latent=latent,
             noise=noise,
-            strength=DDIM,
+            strength=sampling.DDIM,
             guidance=guidance,
             guided_steps=guided_steps,
         )

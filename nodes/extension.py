@@ -23,6 +23,11 @@ class DMD2Extension(ComfyExtension):
             Sampler,
             ConditioningTimestep,
             KSamplerPatch,
+<<<<<<< HEAD
+=======
+            MergeCheck,
+            Sample,
+>>>>>>> nodes-sample
             Compare,
             MergeCheck,
         ]

@@ -16,6 +16,8 @@ from .plan_view import plan_ui
 from .recipes import recipe_for
 from .scheduler import MAX_STEPS
 
+DEFAULT_BASE_STEPS, MAX_BASE_STEPS = 2, 16
+
 
 class Sample(io.ComfyNode):
     @classmethod
@@ -93,11 +95,26 @@ class Sample(io.ComfyNode):
                     tooltip="A seed for each image of the batch, such as 11, 12, 40: each comes "
                     "out as it does alone with that seed. Empty: seed for the whole batch.",
                 ),
+                io.Int.Input(
+                    "base_steps",
+                    optional=True,
+                    default=DEFAULT_BASE_STEPS,
+                    min=1,
+                    max=MAX_BASE_STEPS,
+                    tooltip="How many steps base_model takes in place of the first one. Without "
+                    "base_model it does nothing.",
+                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="What the image shall not show. It acts through nag_scale, and on the "
                     "steps with guidance as usual.",
+                ),
+                io.Model.Input(
+                    "base_model",
+                    optional=True,
+                    tooltip="For more variety: the model as it is before the few-step LoRA. It "
+                    "makes the first step, where a distilled model loses variety.",
                 ),
                 recipe_input("steps, timesteps and noise"),
             ],
@@ -122,7 +139,9 @@ class Sample(io.ComfyNode):
         guidance: float = 1.0,
         guidance_steps: str = "1",
         seeds: str = "",
+        base_steps: int = DEFAULT_BASE_STEPS,
         negative: Any = None,
+        base_model: Any = None,
         recipe: Recipe | None = None,
     ) -> io.NodeOutput:
         listed = parse_seeds(seeds)
@@ -143,6 +162,7 @@ class Sample(io.ComfyNode):
             guidance=guidance,
             guided_steps=guided_steps if guidance != 1.0 else (),
             nag_scale=nag_scale,
+            base=None if base_model is None else sampling.base_start(base_model, base_steps, plan),
         )
         result = sampling.sample(run)
         sentences = [settings.describe_plan(plan, denoise), *run.remarks()]

@@ -21,7 +21,7 @@ from train_lora.demo import scenes
 from train_lora.demo.architecture import LATENT_SCALE
 from train_lora.demo.classifier import load_classifier, recognised
 
-NUM_NODES = 6
+NUM_NODES = 8
 COMFYUI_COMPLAINTS = (
     "lora key not loaded",
     "NOT LOADED",
