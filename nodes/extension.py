@@ -23,11 +23,6 @@ class DMD2Extension(ComfyExtension):
             Sampler,
             ConditioningTimestep,
             KSamplerPatch,
-<<<<<<< HEAD
-=======
-            MergeCheck,
-            Sample,
->>>>>>> nodes-sample
             Compare,
             MergeCheck,
         ]

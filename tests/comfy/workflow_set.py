@@ -288,9 +288,9 @@ The edges of your picture guide the image. With few steps a ControlNet acts stro
 def stock_ksampler(flow: Workflow) -> None:
     flow.column(400)
     text = """
-For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** makes the scheduler "simple" land
-on the trained timesteps and holds cfg at 1. Use the same number of **steps** in both. Any sampler
-works; `lcm` is the loop the model was trained in.
+For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** has it run exactly the trained
+timesteps at cfg 1, whatever scheduler, steps and cfg it shows. Take the sampler `lcm` for DMD2
+and LCM, `euler` for SDXL-Lightning and Hyper-SD.
 """
     _note(flow, "Stock KSampler", text, ["checkpoint", "lora"], 290)
     checkpoint, loader = models(flow)
