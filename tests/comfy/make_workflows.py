@@ -1,4 +1,4 @@
-"""Writes workflows/*.json, subgraphs/*.json, thumbnails and the README's picture anew.
+"""Writes workflows/, subgraphs/, locales/en, thumbnails and the README's picture anew.
 
     python tests/comfy/make_workflows.py --lora demo_output/dmd2_demo_4step.safetensors
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import base_folder
 import blueprint
 import comfy_page
+import locale_files
 import workflow_set
 from browser import Page
 from by_hand import prepared_server
@@ -32,11 +33,13 @@ QUALITY = 85
 
 
 def write_files(server: ComfyServer) -> None:
-    """workflows/*.json and the blueprint from the definitions that this server gives."""
+    """Workflows, blueprint and English texts from the definitions that this server gives."""
     object_info = server.get("/object_info")
     for name in workflow_set.WORKFLOWS:
         text = text_of(workflow_set.build(name, object_info))
         (WORKFLOWS / f"{name}.json").write_text(text, encoding="utf-8")
+    texts = locale_files.text_of(locale_files.english(object_info))
+    (locale_files.LOCALES / "en" / "nodeDefs.json").write_text(texts, encoding="utf-8")
     text = text_of(blueprint.build(object_info))
     (SUBGRAPHS / f"{blueprint.NAME}.json").write_text(text, encoding="utf-8")
 

@@ -16,7 +16,12 @@ from train_lora.demo import scenes
 def write_pictures(folder: Path) -> None:
     """A drawn scene, and the same with a round hole in its alpha: ComfyUI's mask."""
     scene = scenes.Scene(
-        shape="circle", colour="yellow", background="green", pattern="tiled", size="large"
+        shape="circle",
+        colour="yellow",
+        background="green",
+        pattern="tiled",
+        size="large",
+        place="centre",
     )
     [drawn] = scenes.draw([scene], torch.Generator().manual_seed(3))
     levels = ((drawn + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
