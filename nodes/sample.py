@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import sampling, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .guider import parse_guidance_steps
 from .image_noise import MAX_SEED, ImageNoise, parse_seeds
 from .nag import DEFAULT_SCALE
@@ -26,6 +26,16 @@ class Sample(io.ComfyNode):
             node_id="DMD2_Sample",
             display_name="DMD2 Sample",
             category=CATEGORY,
+            **search_aliases(
+                "few step sampler",
+                "4 steps",
+                "1 step",
+                "nag",
+                "fast sdxl",
+                "lcm",
+                "txt2img",
+                "img2img",
+            ),
             description="Samples a few-step model as it was trained: steps, noise and conditioning "
             "timestep come from the recipe. A negative prompt works without a second pass.",
             inputs=[

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .plan_view import plan_ui
 from .recipes import check_fits, recipe_for
 
@@ -23,6 +23,7 @@ class Scheduler(io.ComfyNode):
             node_id="DMD2_Scheduler",
             display_name="DMD2 Scheduler",
             category=CATEGORY,
+            **search_aliases("few step scheduler", "timesteps", "sigmas", "lcm scheduler"),
             description="The sigmas of exactly the timesteps a distilled model was trained on, "
             "such as 999, 749, 499, 249 for 4 steps.",
             inputs=[

@@ -29,12 +29,13 @@ def start(page: Page, server: ComfyServer, *, locale: str = "en", nodes_2: bool 
     server.post("/settings", settings)
     page.open(f"http://127.0.0.1:{server.port}/")
     page.wait_for("document.querySelector('canvas') && document.readyState === 'complete'")
+    # Only then: the page reports an error if its graph is asked for too early.
+    page.wait_for("window.LiteGraph?.registered_node_types?.DMD2_Scheduler")
     page.run(
         "Promise.all([import('/scripts/app.js'), import('/scripts/api.js')])"
         ".then(([app, api]) => { window.dmd2 = {app: app.app, api: api.api} })"
     )
     page.wait_for("dmd2.app.canvas?.graph?.nodes.length > 0")
-    page.wait_for("LiteGraph.registered_node_types.DMD2_Scheduler")
 
 
 def problems(page: Page) -> list[str]:
