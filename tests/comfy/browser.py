@@ -96,7 +96,9 @@ class Page:
             self.problems.append(f"exception: {details['text']} {thrown}")
         elif event == "Runtime.consoleAPICalled" and data["type"] in ("error", "assert"):
             words = [str(part.get("value", part.get("description"))) for part in data["args"]]
-            self.problems.append(f"console: {' '.join(words)}")
+            frames = data.get("stackTrace", {}).get("callFrames", [])
+            places = " < ".join(f"{frame['functionName']} {frame['url']}" for frame in frames[:4])
+            self.problems.append(f"console: {' '.join(words)} ({places})")
         elif event == "Log.entryAdded" and data["entry"]["level"] == "error":
             self.problems.append(f"log: {data['entry']['text']} {data['entry'].get('url', '')}")
 
