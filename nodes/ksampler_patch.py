@@ -43,8 +43,8 @@ class KSamplerPatch(io.ComfyNode):
             outputs=[
                 io.Model.Output(
                     display_name="model",
-                    tooltip="For KSampler, with any scheduler. A sampler with one evaluation per "
-                    "step, such as lcm or euler, sees trained timesteps only.",
+                    tooltip="For KSampler, with any scheduler. Sampler: lcm for DMD2 and LCM, "
+                    "euler for SDXL-Lightning and Hyper-SD.",
                 ),
                 io.String.Output(
                     display_name="plan", tooltip="The timesteps in words, for Preview as Text."

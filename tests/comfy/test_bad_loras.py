@@ -94,13 +94,12 @@ def test_a_recipe_in_a_stock_loaders_lora_is_checked_too(
     graph = Setup(lora=None)
     stock = {"lora_name": "malformed.safetensors", "strength_model": 1.0}
     graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, **stock)[0]
-    graph.add("PreviewAny", source=graph.add("DMD2_Scheduler", **scheduler(graph))[1])
+    made = graph.add("DMD2_Scheduler", **scheduler(graph))
+    graph.add("PreviewAny", source=made[1])
     run = server.run(graph.prompt)
     assert run.failed_node == "DMD2_Scheduler"
     assert "recipe is damaged" in run.error
-    by_hand = graph.add("DMD2_Scheduler", **scheduler(graph) | {"steps": 4})
-    del graph.prompt["7"], graph.prompt["8"]
-    graph.add("PreviewAny", source=by_hand[1])
+    graph.prompt[made.name]["inputs"]["steps"] = 4  # by hand it is not asked
     assert server.run(graph.prompt).error is None
 
 
