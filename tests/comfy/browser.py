@@ -79,15 +79,24 @@ class Page:
         return self._wait(self._send(method, parameters))
 
     async def _send(self, method: str, parameters: dict[str, Any]) -> Any:
-        self._last_id += 1
-        await self._socket.send_json({"id": self._last_id, "method": method, "params": parameters})
+        wanted = await self._command(method, parameters)
         while True:
             message = json.loads(await self._socket.receive_str())
-            if message.get("id") == self._last_id:
+            if message.get("id") == wanted:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']['message']}")
                 return message["result"]
-            self._note(message["method"], message["params"])
+            if message.get("method") == "Page.javascriptDialogOpening":
+                # "Leave this page?", which would keep it from opening another address.
+                await self._command("Page.handleJavaScriptDialog", {"accept": True})
+            elif "method" in message:
+                self._note(message["method"], message["params"])
+
+    async def _command(self, method: str, parameters: dict[str, Any]) -> int:
+        """Send it; the id under which its answer will come."""
+        self._last_id += 1
+        await self._socket.send_json({"id": self._last_id, "method": method, "params": parameters})
+        return self._last_id
 
     def _note(self, event: str, data: dict[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":

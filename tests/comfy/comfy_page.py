@@ -16,6 +16,7 @@ SETTINGS = {
 }
 IGNORED = (
     "Content Security Policy",  # the page's own first graph asks for its models' sizes
+    "graph accessed before initialization",  # by the page's own code, at its start
     "/api/userdata",  # files of the user that a new one does not have
     "/user.css",
     "favicon",
@@ -29,13 +30,13 @@ def start(page: Page, server: ComfyServer, *, locale: str = "en", nodes_2: bool 
     server.post("/settings", settings)
     page.open(f"http://127.0.0.1:{server.port}/")
     page.wait_for("document.querySelector('canvas') && document.readyState === 'complete'")
-    # Only then: the page reports an error if its graph is asked for too early.
     page.wait_for("window.LiteGraph?.registered_node_types?.DMD2_Scheduler")
     page.run(
         "Promise.all([import('/scripts/app.js'), import('/scripts/api.js')])"
         ".then(([app, api]) => { window.dmd2 = {app: app.app, api: api.api} })"
     )
     page.wait_for("dmd2.app.canvas?.graph?.nodes.length > 0")
+    _hide_bars(page)
 
 
 def problems(page: Page) -> list[str]:
@@ -88,7 +89,7 @@ def photograph(page: Page, file: Path) -> None:
     page.screenshot(file, clip=box)
 
 
-def hide_bars(page: Page) -> None:
+def _hide_bars(page: Page) -> None:
     """Leave nothing of the page but the graph, for `photograph`."""
     page.run("""(() => {
         const style = document.createElement('style')

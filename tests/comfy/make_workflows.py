@@ -62,7 +62,6 @@ def main() -> None:
             page = Page(folder / "profile", *PAGE_PX)
             try:
                 comfy_page.start(page, server)
-                comfy_page.hide_bars(page)
                 for name in workflow_set.WORKFLOWS:
                     shot = folder / f"{name}.png"
                     opened_and_run(server, page, name)

@@ -199,7 +199,7 @@ def test_the_page_plans_what_python_plans(page: Page, pack: Callable[[str], Modu
 
 def test_the_page_knows_sdxls_noise_levels(page: Page) -> None:
     found = page.run("import('/extensions/dmd2/plan.mjs').then((plan) => plan.noiseLevels())")
-    expected = VPSchedule().k_sigma(torch.arange(1000))
+    expected = VPSchedule.sdxl().k_sigma(torch.arange(1000))
     assert found == pytest.approx(expected.tolist(), rel=1e-5)
 
 
