@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import comfy.model_management
 import torch
+from comfy.model_management import intermediate_device
 from comfy_api.latest import io
 
 from . import sampling
@@ -124,43 +125,46 @@ class Compare(io.ComfyNode):
     ) -> io.NodeOutput:
         captions = _lines(prompts)
         texts = [_encoded(clip, text) for text in captions]
+        empty = _encoded(clip, "")
         systems = []
         if teacher is not None:
-            systems.append(_teacher(teacher, teacher_steps, teacher_guidance, _encoded(clip, "")))
+            systems.append(_teacher(teacher, teacher_steps, teacher_guidance, empty))
         for number in range(1, NUM_MODELS + 1):
             model = models_and_labels.get(f"model_{number}")
             if model is not None:
                 label = models_and_labels.get(f"label_{number}", "").strip()
-                systems.append(_student(model, label or f"Model {number}"))
+                systems.append(_student(model, label or f"Model {number}", empty))
         shape = (1, 4, height // LATENT_PX, width // LATENT_PX)
-        latent = {"samples": torch.zeros(shape, device=_device())}
+        latent = {"samples": torch.zeros(shape, device=intermediate_device())}
         columns = []
         for label, detail, run in systems:
-            samples = [
-                sampling.sample(run(text, latent, ImageNoise(seed=(seed + row) & MAX_SEED)))
-                for row, text in enumerate(texts)
-            ]
-            pictures = [vae.decode(sample["samples"])[0].cpu() for sample in samples]
+            pictures = []
+            for row, text in enumerate(texts):
+                noise = ImageNoise(seed=(seed + row) & MAX_SEED)
+                sampled = sampling.sample(run(positive=text, latent=latent, noise=noise))
+                pictures.append(vae.decode(sampled["samples"])[0].cpu())
             columns.append(Column(label=label, detail=detail, pictures=pictures))
         return io.NodeOutput(labelled_grid(columns, captions))
 
 
-MakeRun = Callable[[Conditioning, dict[str, Any], ImageNoise], sampling.Run]
-System = tuple[str, str, MakeRun]
-"""What to write above a column, and how each of its pictures is sampled."""
+System = tuple[str, str, Callable[..., sampling.Run]]
+"""What to write above a column, and the run that only lacks positive, latent and noise."""
 
 
-def _student(model: Any, label: str) -> System:
+def _student(model: Any, label: str, empty: Conditioning) -> System:
     """A few-step model, by its recipe."""
     recipe = recipe_for(model, None)
     prepared, plan = sampling.prepared(model, recipe, steps=0, denoise=1.0)
-    strength = sampling.noise_strength(recipe, plan)
-
-    def run(text: Conditioning, latent: dict[str, Any], noise: ImageNoise) -> sampling.Run:
-        return sampling.Run(
-            model=prepared, plan=plan, positive=text, latent=latent, noise=noise, strength=strength
-        )
-
+    guidance, guided_steps = sampling.guidance_of(recipe, plan)
+    run = partial(
+        sampling.Run,
+        model=prepared,
+        plan=plan,
+        negative=None if has_zero_unconditional(model) else empty,
+        strength=sampling.noise_strength(recipe, plan),
+        guidance=guidance,
+        guided_steps=guided_steps,
+    )
     detail = _steps(len(plan.timesteps)) + (", no recipe" if recipe is None else "")
     return label, detail, run
 
@@ -168,23 +172,17 @@ def _student(model: Any, label: str) -> System:
 def _teacher(model: Any, num_steps: int, guidance: float, empty: Conditioning) -> System:
     """The undistilled model: DDIM with guidance on every step."""
     _, plan = sampling.prepared(model, None, steps=num_steps, denoise=1.0)
-    guided_steps = tuple(range(1, num_steps + 1)) if guidance != 1.0 else ()
-
-    def run(text: Conditioning, latent: dict[str, Any], noise: ImageNoise) -> sampling.Run:
-        return sampling.Run(
-            model=model,
-            plan=plan,
-            positive=text,
-            negative=None if has_zero_unconditional(model) else empty,
-            latent=latent,
-            noise=noise,
-            strength=sampling.DDIM,
-            guidance=guidance,
-            guided_steps=guided_steps,
-        )
-
-    detail = _steps(num_steps) + (f", guidance {guidance:g}" if guided_steps else "")
-    return "Teacher", detail, run
+    is_guided = guidance != 1.0
+    run = partial(
+        sampling.Run,
+        model=model,
+        plan=plan,
+        negative=None if has_zero_unconditional(model) else empty,
+        strength=sampling.DDIM,
+        guidance=guidance,
+        guided_steps=tuple(range(1, num_steps + 1)) if is_guided else (),
+    )
+    return "Teacher", _steps(num_steps) + is_guided * f", guidance {guidance:g}", run
 
 
 def _steps(num: int) -> str:
@@ -204,7 +202,3 @@ def _lines(prompts: str) -> list[str]:
 
 def _encoded(clip: Any, text: str) -> Conditioning:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
-
-
-def _device() -> torch.device:
-    return comfy.model_management.intermediate_device()

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+# Windows, macOS, Linux: those with Chinese and Japanese first.
+SYSTEM_FONTS = ("msyh.ttc", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 BACKGROUND, TEXT, PALE_TEXT = "white", "black", "#555555"
 
 
@@ -30,8 +32,9 @@ def labelled_grid(columns: Sequence[Column], captions: Sequence[str]) -> Tensor:
     height, width, _ = columns[0].pictures[0].shape
     text_px = min(max(width // 28, 12), 40)
     gap = max(text_px // 3, 4)
-    font = ImageFont.load_default(size=text_px)
-    small = ImageFont.load_default(size=round(0.8 * text_px))
+    texts = [*captions, *(text for column in columns for text in (column.label, column.detail))]
+    font = font_for(texts, text_px)
+    small = font_for(texts, round(0.8 * text_px))
     total = gap + len(columns) * (width + gap)
     heads = [
         [(line, font, TEXT) for line in wrapped(column.label, font, width)]
@@ -60,6 +63,17 @@ def labelled_grid(columns: Sequence[Column], captions: Sequence[str]) -> Tensor:
     return pixels.reshape(1, grid.height, grid.width, 3) / 255
 
 
+def font_for(texts: Sequence[str], size_px: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has ASCII only, or for other letters one of the system's."""
+    if not all(text.isascii() for text in texts):
+        for name in SYSTEM_FONTS:
+            try:
+                return ImageFont.truetype(name, size_px)
+            except OSError:
+                continue  # not on this system
+    return ImageFont.load_default(size=size_px)
+
+
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> list[str]:
     """`text` in lines no wider than `width_px`; a word that is wider alone is cut."""
     lines = [""]
@@ -78,6 +92,6 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> list[st
 
 
 def _picture(image: Tensor) -> Image.Image:
-    """(H, W, 3) in [0, 1] as an RGB picture."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    """(H, W, 3) in [0, 1] as an RGB picture, rounded down as ComfyUI's Save Image does."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(pixels.contiguous().numpy())

@@ -16,8 +16,6 @@ from .plan_view import plan_ui
 from .recipes import recipe_for
 from .scheduler import MAX_STEPS
 
-DEFAULT_BASE_STEPS, MAX_BASE_STEPS = 2, 16
-
 
 class Sample(io.ComfyNode):
     @classmethod
@@ -105,15 +103,6 @@ class Sample(io.ComfyNode):
                     tooltip="A seed for each image of the batch, such as 11, 12, 40: each comes "
                     "out as it does alone with that seed. Empty: seed for the whole batch.",
                 ),
-                io.Int.Input(
-                    "base_steps",
-                    optional=True,
-                    default=DEFAULT_BASE_STEPS,
-                    min=1,
-                    max=MAX_BASE_STEPS,
-                    tooltip="How many steps base_model takes in place of the first one. Without "
-                    "base_model it does nothing.",
-                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -149,7 +138,6 @@ class Sample(io.ComfyNode):
         guidance: float = 1.0,
         guidance_steps: str = "1",
         seeds: str = "",
-        base_steps: int = DEFAULT_BASE_STEPS,
         negative: Any = None,
         base_model: Any = None,
         recipe: Recipe | None = None,
@@ -161,6 +149,10 @@ class Sample(io.ComfyNode):
         recipe = recipe_for(model, recipe)
         prepared, plan = sampling.prepared(model, recipe, steps, denoise)
         guided_steps = parse_guidance_steps(guidance_steps, len(plan.active))
+        if guidance == 1.0:
+            guidance, guided_steps = sampling.guidance_of(recipe, plan)
+        if base_model is not None:
+            sampling.check_base(base_model, prepared, plan)
         run = sampling.Run(
             model=prepared,
             plan=plan,
@@ -170,9 +162,9 @@ class Sample(io.ComfyNode):
             noise=ImageNoise(seed=seed, batch_index=latent_image.get("batch_index"), listed=listed),
             strength=sampling.noise_strength(recipe, plan),
             guidance=guidance,
-            guided_steps=guided_steps if guidance != 1.0 else (),
+            guided_steps=guided_steps,
             nag_scale=nag_scale,
-            base=None if base_model is None else sampling.base_start(base_model, base_steps, plan),
+            base=base_model,
         )
         result = sampling.sample(run)
         sentences = [settings.describe_plan(plan, denoise), *run.remarks()]

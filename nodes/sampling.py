@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.utils
 import latent_preview
+import torch
 from comfy.samplers import KSAMPLER
 from torch import Tensor
 
@@ -28,25 +29,6 @@ DOWNSCALE_MARKS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BaseStart:
-    """The first step is left to the model without the few-step LoRA, in several smaller ones.
-
-    A distilled model settles the picture's layout in its first step, where its variety is lost; the
-    base model has it still (arXiv 2503.10637).
-    """
-
-    model: Any
-    num_steps: int
-
-    def sigmas(self, plan: StepPlan) -> Tensor:
-        """From the plan's first noise level down to its second: (num_steps + 1,)."""
-        first, second = plan.active[:2]
-        steps = (first - i * (first - second) / self.num_steps for i in range(self.num_steps))
-        ways = StepPlan(timesteps=(*map(round, steps), second))
-        return k_diffusion.sigmas_of(ways, self.model.get_model_object("model_sampling"))[:-1]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that decides the result."""
 
@@ -62,45 +44,55 @@ class Run:
     guided_steps: tuple[int, ...] = ()
     """Which of the steps that run, counted from 1, have `guidance`."""
     nag_scale: float = 1.0
-    base: BaseStart | None = None
+    base: Any = None
+    """The model without the few-step LoRA: it makes the first step, if given. A distilled model
+    settles the layout there and loses its variety, which the base still has (arXiv 2503.10637)."""
 
     def remarks(self) -> list[str]:
         """What else than the plan decides the picture, in sentences."""
         found = []
-        own = self.own_steps
-        guided = [step for step in self.guided_steps if step in own]
+        num_steps, num_guided = len(self.plan.active), len(self.guided_steps)
         if self.base is not None:
-            found.append(f"The base model makes step 1, in {_steps(self.base.num_steps)}.")
-        if guided:
-            numbers = ", ".join(map(str, guided))
-            found.append(f"Guidance {self.guidance:g} on step{'s' * (len(guided) > 1)} {numbers}.")
-        if self.negative is not None and self.nag_scale != 1.0 and len(guided) < len(own):
+            found.append("The base model makes step 1.")
+        if self.guided_steps:
+            numbers = ", ".join(map(str, self.guided_steps))
+            found.append(f"Guidance {self.guidance:g} on step{'s' * (num_guided > 1)} {numbers}.")
+        if self.negative is not None and self.nag_scale != 1.0 and num_guided < num_steps:
             found.append(f"The negative prompt acts in the attention, scale {self.nag_scale:g}.")
-        elif self.negative is not None and not guided:
+        elif self.negative is not None and not self.guided_steps:
             found.append("The negative prompt does nothing: set nag_scale above 1.")
-        passes = len(own) + len(guided) + (0 if self.base is None else self.base.num_steps)
+        passes = num_steps + num_guided
         found.append(f"{passes} pass{'es' * (passes > 1)} of the network.")
         return found
 
-    @property
-    def own_steps(self) -> range:
-        """Which of the steps that run, counted from 1, `model` itself makes."""
-        return range(1 if self.base is None else 2, len(self.plan.active) + 1)
 
-
-def base_start(model: Any, num_steps: int, plan: StepPlan) -> BaseStart:
-    """ValueError if `model` cannot make the first step of `plan`."""
+def check_base(base: Any, model: Any, plan: StepPlan) -> None:
+    """ValueError if `base` cannot make the first step of `model`'s `plan`."""
     if len(plan.active) < 2 or plan.conditioning_timestep is not None:
         raise ValueError(
             "base_model makes the first step, but there is only one: disconnect it, or use a "
             "LoRA of several steps (and a higher denoise)"
         )
-    if recipe_for(model, None) is not None:
+    if recipe_for(base, None) is not None:
         raise ValueError(
             "base_model carries a few-step LoRA itself: connect the model as it is before that LoRA"
         )
-    k_diffusion.check_discrete(model.get_model_object("model_sampling"))
-    return BaseStart(model=model, num_steps=num_steps)
+    schedules = [
+        k_diffusion.sigmas_of(plan, which.get_model_object("model_sampling"))
+        for which in (base, model)
+    ]
+    if not torch.allclose(*schedules, rtol=1e-3):
+        raise ValueError(
+            "base_model has another noise schedule than model: connect the model that the LoRA is "
+            "applied to, with the same nodes that change its sampling"
+        )
+
+
+def guidance_of(recipe: Recipe | None, plan: StepPlan) -> tuple[float, tuple[int, ...]]:
+    """The recipe's own guidance, on all steps; DMD2's is 1, none."""
+    if recipe is None or recipe.guidance <= 1.0:
+        return 1.0, ()
+    return recipe.guidance, tuple(range(1, len(plan.active) + 1))
 
 
 def noise_strength(recipe: Recipe | None, plan: StepPlan) -> float | Sequence[float]:
@@ -150,50 +142,35 @@ def sample(run: Run) -> dict[str, Any]:
     samples = comfy.sample.fix_empty_latent_channels(run.model, run.latent["samples"])
     noise = run.noise.first(samples)
     sigmas = k_diffusion.sigmas_of(run.plan, run.model.get_model_object("model_sampling"))
-    levels = sigmas.tolist()
-    num_base_steps = 0 if run.base is None else run.base.num_steps
-    report = _Report(run.model, num_base_steps + len(run.own_steps))
-    function = k_diffusion.sample_dmd2
+    report = latent_preview.prepare_callback(run.model, len(sigmas) - 1)
+    common = {
+        "denoise_mask": run.latent.get("noise_mask"),
+        "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
+        "seed": run.noise.seed,
+    }
+    function, ahead = k_diffusion.sample_dmd2, sigmas
     if run.base is not None:
-        guider = FewStepGuider(run.base.model, run.positive, None)
         ddim = KSAMPLER(function, {"strength": DDIM})
-        ways = run.base.sigmas(run.plan)
-        start = _sampled(run, guider, noise, samples, ddim, ways, report.after(0))
-        function = _from(run.base.model.model.process_latent_in(start))
-        sigmas = sigmas[1:]
-    guider = FewStepGuider(
-        run.model,
-        run.positive,
-        run.negative,
-        guidance=run.guidance,
-        guided_levels=[levels[step - 1] for step in run.guided_steps],
-        nag_scale=run.nag_scale,
-    )
+        guider = _guider(run, run.base, sigmas)
+        first = guider.sample(noise, samples, ddim, sigmas[:2], callback=report, **common)
+        function = _from(run.base.model.process_latent_in(first))
+        ahead, report = sigmas[1:], _counted_from(1, len(sigmas) - 1, report)
     solver = KSAMPLER(function, {"strength": run.strength, "noise_source": run.noise})
-    result = _sampled(run, guider, noise, samples, solver, sigmas, report.after(num_base_steps))
+    guider = _guider(run, run.model, sigmas)
+    result = guider.sample(noise, samples, solver, ahead, callback=report, **common)
     latent = {key: value for key, value in run.latent.items() if key not in DOWNSCALE_MARKS}
     return latent | {"samples": result.to(comfy.model_management.intermediate_device())}
 
 
-def _sampled(
-    run: Run,
-    guider: FewStepGuider,
-    noise: Tensor,
-    samples: Tensor,
-    solver: KSAMPLER,
-    sigmas: Tensor,
-    callback: Callback,
-) -> Tensor:
-    """One pass of ComfyUI's sampling over `sigmas`: (B, 4, H/8, W/8) in the latent's scale."""
-    return guider.sample(
-        noise,
-        samples,
-        solver,
-        sigmas,
-        denoise_mask=run.latent.get("noise_mask"),
-        callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=run.noise.seed,
+def _guider(run: Run, model: Any, sigmas: Tensor) -> FewStepGuider:
+    """For a part of the plan whose noise levels are `sigmas`: (steps + 1,)."""
+    return FewStepGuider(
+        model,
+        run.positive,
+        run.negative,
+        guidance=run.guidance,
+        guided_levels=[float(sigmas[step - 1]) for step in run.guided_steps],
+        nag_scale=run.nag_scale,
     )
 
 
@@ -209,19 +186,10 @@ def _from(start: Tensor) -> Callable[..., Tensor]:
     return sample_from_start
 
 
-class _Report:
-    """Previews and progress over passes that count their steps from 0 each."""
+def _counted_from(num_done: int, num_steps: int, callback: Callback) -> Callback:
+    """`callback` for a pass that comes after `num_done` steps of `num_steps`."""
 
-    def __init__(self, model: Any, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.callback = latent_preview.prepare_callback(model, num_steps)
+    def report(step: int, x0: Tensor, x: Tensor, _: int) -> None:
+        callback(num_done + step, x0, x, num_steps)
 
-    def after(self, num_done: int) -> Callback:
-        def report(step: int, x0: Tensor, x: Tensor, _: int) -> None:
-            self.callback(num_done + step, x0, x, self.num_steps)
-
-        return report
-
-
-def _steps(num: int) -> str:
-    return f"{num} step{'s' * (num != 1)}"
+    return report

@@ -10,47 +10,45 @@ import pytest
 import torch
 from comfy_server import ComfyServer
 from model_files import SIZE_PX, TinyModel
-from test_sample import NEGATIVE, Sampling
 from renders import CAPTION, SEED, picture
+from test_sample import NEGATIVE, Sampling
 
 Pack = Callable[[str], ModuleType]
+SIZE = {"width": SIZE_PX, "height": SIZE_PX, "seed": SEED}
 
 
 def test_each_cell_is_what_the_model_gives_alone(server: ComfyServer, model: TinyModel) -> None:
     graph = Sampling()
-    one_step = graph.with_lora(model_files.ONE_STEP_LORA)
-    size = {"width": SIZE_PX, "height": SIZE_PX, "seed": SEED}
+    student, negative = graph.model, graph.text(NEGATIVE)
+    graph.load(model_files.ONE_STEP_LORA, model=graph.base)
     compare = graph.add(
         "DMD2_Compare",
-        **{"clip": graph.checkpoint[1], "vae": graph.checkpoint[2]},
-        **{"model_1": graph.model, "model_3": one_step, "label_3": "one step"},
-        **{"teacher": graph.checkpoint[0], "teacher_steps": 3, "teacher_guidance": 2.0},
-        **{"prompts": f"{CAPTION}\n\n  {NEGATIVE}  \n", **size},
+        **{"clip": graph.clip, "vae": graph.vae, "model_1": student, "model_3": graph.model},
+        **{"teacher": graph.base, "teacher_steps": 3, "teacher_guidance": 2.0},
+        **{"prompts": f"{CAPTION}\n\n  {NEGATIVE}  \n", "label_3": "one step", **SIZE},
     )
     grid = graph.add("SaveImage", images=compare[0], filename_prefix="grid").name
-    alone = graph.sample(positive=graph.negative, seed=SEED + 1)
-    decoded = graph.add("VAEDecode", samples=alone, vae=graph.checkpoint[2])
+    alone = graph.dmd2(model=student, positive=negative, seed=SEED + 1)
+    decoded = graph.add("VAEDecode", samples=alone, vae=graph.vae)
     single = graph.add("SaveImage", images=decoded[0], filename_prefix="alone").name
     run = server.run(graph.prompt)
     assert run.error is None, f"{run.failed_node}: {run.error}"
-    [drawn] = run.outputs[grid]["images"]
+    [drawn], [cell] = run.outputs[grid]["images"], run.outputs[single]["images"]
     pixels = picture(server, drawn)
-    [cell] = run.outputs[single]["images"]
-    # Three columns of one picture with a gap of 4 around each; the last row ends 8 above the end.
+    # Three columns of one picture, with a gap of 4 around each; below the last row there are two.
     assert pixels.shape[2] == 4 + 3 * (SIZE_PX + 4)
     left, bottom = 4 + (SIZE_PX + 4), pixels.shape[1] - 8
     shown = pixels[:, bottom - SIZE_PX : bottom, left : left + SIZE_PX]
     assert torch.equal(shown, picture(server, cell))
 
 
-@pytest.mark.parametrize("prompts", ["", " \n", "a cat\n" * 17])
+@pytest.mark.parametrize("prompts", [" \n", "a cat\n" * 17])
 def test_no_prompts_and_too_many_are_refused(
     server: ComfyServer, model: TinyModel, prompts: str
 ) -> None:
     graph = Sampling()
-    parts = {"clip": graph.checkpoint[1], "vae": graph.checkpoint[2], "model_1": graph.model}
-    size = {"width": SIZE_PX, "height": SIZE_PX, "seed": SEED}
-    compare = graph.add("DMD2_Compare", **parts, **size, prompts=prompts)
+    parts = {"clip": graph.clip, "vae": graph.vae, "model_1": graph.model}
+    compare = graph.add("DMD2_Compare", **parts, **SIZE, prompts=prompts)
     graph.add("SaveImage", images=compare[0], filename_prefix="grid")
     run = server.run(graph.prompt)
     assert run.failed_node == "DMD2_Compare"
@@ -70,6 +68,14 @@ def test_texts_wrap_at_words_and_inside_words_that_are_too_long(grids: ModuleTyp
     assert lines[0] == "a photo of a fox,"
     assert "".join(lines[1:]) == "x" * 60
     assert grids.wrapped("  ", font, 100) == []
+
+
+def test_a_system_without_fonts_still_draws(
+    grids: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = grids.ImageFont.load_default(size=12).getname()
+    monkeypatch.setattr(grids, "SYSTEM_FONTS", ("no_such_font.ttf",))
+    assert grids.font_for(["\u72d0"], 12).getname() == own
 
 
 def test_the_grid_holds_every_picture_unchanged(grids: ModuleType) -> None:

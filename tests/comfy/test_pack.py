@@ -23,16 +23,17 @@ CORE_FILES = sorted((REPOSITORY / "dmd2_core").glob("*.py"))
 SCHEMA_FIELDS = {"node_id", "display_name", "category", "description", "inputs", "outputs"}
 INPUT_FIELDS = {
     "Model": {"optional", "tooltip"},
-    "Clip": {"optional", "tooltip"},
+    **{kind: {"optional", "tooltip"} for kind in ("Clip", "Vae", "Conditioning", "Latent")},
     "DMD2Recipe": {"optional", "tooltip"},
-    "Int": {"optional", "tooltip", "default", "min", "max", "step"},
+    "Int": {"optional", "tooltip", "default", "min", "max", "step", "control_after_generate"},
     "Float": {"optional", "tooltip", "default", "min", "max", "step", "round"},
     "String": {"optional", "tooltip", "default", "multiline"},
     "Boolean": {"optional", "tooltip", "default"},
     "Combo": {"optional", "tooltip", "default", "options"},
 }
 OUTPUT_FIELDS = {"display_name", "tooltip"}
-HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "safetensors", "torch", "tqdm"}
+HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "latent_preview"}
+HOST_PACKAGES |= {"PIL", "safetensors", "torch", "tqdm"}
 FORBIDDEN_NAMES = {"eval", "exec", "subprocess", "system", "popen", "__import__"}
 
 
