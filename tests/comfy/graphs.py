@@ -10,8 +10,9 @@ from comfy_server import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOW_FILE = REPOSITORY / "workflows" / "dmd2_4step.json"
-CHECKPOINT, LORA = "sd_xl_base_1.0.safetensors", "dmd2_sdxl_4step.safetensors"
-"""The names in the shipped workflow; the tests store the tiny model's files under them."""
+CHECKPOINT = "sd_xl_base_1.0.safetensors"
+LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
+"""The names in the shipped workflows; the tests store the tiny model's files under them."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOT_EXECUTED = ("Note", "MarkdownNote", "Reroute")
 SEEDS = ("seed", "noise_seed")

@@ -231,7 +231,8 @@ def test_nodes_2_shows_the_chart(
     page.wait_for("document.querySelector('.lg-node .dmd2-plan svg')?.clientHeight > 50")
     set_widgets(page, "DMD2_Sample", steps=2)
     assert caption(page, "DMD2_Sample") == "2 steps"
-    page.screenshot(SCREENSHOTS / "nodes_2.png")
+    page.wait_for("document.querySelectorAll('.lg-node textarea, .lg-node input').length > 5")
+    comfy_page.photograph(page, SCREENSHOTS / "nodes_2.png")
     assert comfy_page.problems(page) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -94,8 +95,11 @@ def test_the_entry_point_imports_nothing_by_itself() -> None:
     assert entry_point.name == "comfy_entrypoint"
 
 
-def test_the_workflow_file_is_consistent() -> None:
-    workflow = graphs.shipped_workflow()
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "workflows").glob("*.json")), ids=lambda file: file.stem
+)
+def test_a_workflow_file_is_consistent(file: Path) -> None:
+    workflow = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in workflow["nodes"]}
     assert workflow["last_node_id"] == max(nodes)
     assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import blueprint
@@ -23,8 +22,6 @@ WORKFLOWS = REPOSITORY / "workflows"
 SUBGRAPH = REPOSITORY / "subgraphs" / f"{blueprint.NAME}.json"
 NAMES = sorted(workflow_set.WORKFLOWS)
 TINY_NAMES = {
-    workflow_set.CHECKPOINT: graphs.CHECKPOINT,
-    workflow_set.LORA: graphs.LORA,
     workflow_set.ONE_STEP_LORA: model_files.ONE_STEP_LORA,
     workflow_set.CONTROLNET: model_files.CONTROLNET,
 }

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from graphs import CHECKPOINT, LORA
 from workflow_builder import Link, Node, Workflow
 
-CHECKPOINT = "sd_xl_base_1.0.safetensors"
-LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
 ONE_STEP_LORA = "dmd2_sdxl_1step.safetensors"
 CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 IMAGE = "example.png"
