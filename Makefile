@@ -40,9 +40,9 @@ browser:
 	  if command -v $$name >/dev/null; then exit 0; fi; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "Installing chromium for the tests of the page (apt-get) ..."; \
-	  apt-get update -qq; \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
-	else echo "No Chromium was found: the tests of the page will say so."; fi
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium >/dev/null && exit 0; fi; \
+	echo "There is no Chromium: the tests of the page will fail and say so."
 
 test-full: $(VENV)/.test  ## slow tests of full-size SDXL (20 GB of memory, 10 GB of disk)
 	$(VENV_PYTHON) -m pytest -m full $(PYTEST_ARGS)

@@ -11,8 +11,6 @@ FOLDERS = (
     *("custom_nodes", "input", "output", "user/default/workflows"),
     *("models/checkpoints", "models/loras", "models/controlnet"),
 )
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": True}
-"""Of the page: no tour at the first start."""
 
 
 def make_base(base: Path) -> None:

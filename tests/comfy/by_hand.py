@@ -66,6 +66,7 @@ def prepared_server(
     server.start()
     if before is not None:
         before(server)
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # no templates over the page
     write_workflows(server)
     return server
 

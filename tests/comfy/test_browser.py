@@ -141,6 +141,14 @@ def test_the_chart_follows_the_widgets(page: Page, object_info: dict[str, Any]) 
     assert bars(page, node) == []
     set_widgets(page, node, timesteps="", denoise=0)
     assert caption(page, node) == "no step runs"
+    page.run(f"""{{
+        const node = {CHART_OF.format(node)}
+        const number = LiteGraph.createNode('PrimitiveInt')
+        dmd2.app.canvas.graph.add(number)
+        number.connect(0, node, node.inputs.findIndex((input) => input.widget?.name === 'steps'))
+    }}""")
+    assert caption(page, node) == "set by a connection: shown after a run"
+    assert bars(page, node) == []
     assert comfy_page.problems(page) == []
 
 
