@@ -5,7 +5,8 @@
 
 The embedded teacher in a real ComfyUI, in this process (COMFYUI_PATH, or the one that the tests
 download), through the functions behind KSampler and SamplerCustom. Both sides alternate, so that
-what else the machine does falls on both alike.
+what else the machine does falls on both alike; without a GPU it is this process's CPU time that
+counts, summed over its threads.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def _pair(ours: Callable[[], Any], stock: Callable[[], Any]) -> tuple[float, flo
     """Seconds of one run each, in random order."""
     seconds = {}
     for side in random.sample((ours, stock), 2):
-        begin = time.perf_counter()
+        begin = _now()
         side()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds[side] = time.perf_counter() - begin
+        seconds[side] = _now() - begin
     return seconds[ours], seconds[stock]
+
+
+def _now() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _print(pairs: Sequence[tuple[float, float]], steps: int) -> None:

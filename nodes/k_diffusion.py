@@ -101,7 +101,8 @@ def truncated(model_sampling: Any, timestep: int) -> Any:
     cut.__class__ = _from_pure_noise(type(model_sampling))
     cut.set_sigmas(model_sampling.sigmas[: timestep + 1].clone())
     setattr(cut, _TRUNCATED, timestep)
-    setattr(cut, _UNCUT_SIGMA_MAX, float(model_sampling.sigma_max))
+    if not hasattr(cut, _UNCUT_SIGMA_MAX):
+        setattr(cut, _UNCUT_SIGMA_MAX, float(model_sampling.sigma_max))
     return cut
 
 

@@ -97,7 +97,8 @@ class LoadLoRA(io.ComfyNode):
             strength,
             lora_name,
         )
-        return io.NodeOutput(patched, patched_clip, recipe or earlier, report)
+        outputs = (patched, patched_clip, recipe or earlier, report)
+        return io.NodeOutput(*outputs, ui={"text": (report,)})
 
 
 def lora_files() -> list[str]:

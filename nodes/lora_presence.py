@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 from torch import Tensor
+
+from ..dmd2_core.recipe import MERGED_KEY
 
 PRESENT, ABSENT = 0.5, 0.25
 """Shares from and up to which a LoRA counts as present and absent; between them it is unclear.
@@ -35,6 +38,15 @@ def named_in(metadata: Mapping[str, str]) -> list[str]:
         if match and "teacher" not in match[0]:
             found.append(f"its metadata {key[:60]} has {match[0].strip()!r}")
     return found
+
+
+def merged_lora(metadata: Mapping[str, str]) -> str:
+    """Which LoRA `dmd2 merge` says it baked in, in words; "" where it says nothing readable."""
+    try:
+        about = json.loads(metadata.get(MERGED_KEY, "")[:_MAX_CHARACTERS])
+        return f"{str(about['lora'])[:100]} was merged at strength {float(about['strength']):g}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
 
 def share_of(model: Any, tensors: Mapping[str, Tensor]) -> float | None:

@@ -81,7 +81,8 @@ class MergeCheck(io.ComfyNode):
             metadata = _metadata(checkpoint)
             merged = Recipe.from_metadata(metadata)
             if merged is not None:
-                certain.append(f"the metadata of {checkpoint} has a recipe")
+                said = lora_presence.merged_lora(metadata) or "it has a recipe"
+                certain.append(f"says the metadata of {checkpoint}, {said}")
                 recipe = recipe or merged
                 model = model.clone()
                 model.set_attachments(recipes.RECIPE_ATTACHMENT, recipe)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .cli_files import add_export, add_merge
 from .messages import show_messages
 from .output import check_output_directory
 from .stop import TrainingStopped
@@ -87,8 +88,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
-    _add_export(commands)
-    _add_merge(commands)
+    add_export(commands)
+    add_merge(commands)
     _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)
@@ -139,53 +140,6 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
-
-
-def _add_export(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "export",
-        help="write a LoRA file from a checkpoint, also of a training that is running",
-        allow_abbrev=False,
-    )
-    command.add_argument(
-        "source",
-        type=Path,
-        metavar="CHECKPOINT_OR_RUNDIR",
-        help="the folder of a checkpoint or of a run",
-    )
-    command.add_argument(
-        "--checkpoint",
-        metavar="WHICH",
-        help="of a run: newest (default), best (by validation.best) or an iteration such as 500",
-    )
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
-    )
-    command.set_defaults(run=_export, takes_keys=False, parser=command)
-
-
-def _add_merge(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "merge",
-        help="bake a few-step LoRA into a checkpoint, which keeps its recipe",
-        allow_abbrev=False,
-    )
-    command.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT.safetensors", help="SDXL or SD1.5, one file"
-    )
-    command.add_argument("lora", type=Path, metavar="LORA.safetensors", help="the few-step LoRA")
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
-    )
-    command.add_argument(
-        "--strength", type=float, default=1.0, help="of the LoRA; it was trained at 1 (default)"
-    )
-    command.add_argument(
-        "--family",
-        metavar="NAME",
-        help="what a published LoRA without a recipe is, such as 'DMD2, 4 steps'",
-    )
-    command.set_defaults(run=_merge, takes_keys=False, parser=command)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -293,32 +247,6 @@ def _resume(arguments: argparse.Namespace) -> int:
     from .trainer import resume
 
     print(resume(config).lora)
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out is {str(arguments.out)!r}; name a file that ends in .safetensors.")
-    if arguments.out.exists():
-        raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
-    from .export_checkpoint import export_checkpoint
-
-    for path in export_checkpoint(arguments.source, arguments.out, arguments.checkpoint):
-        print(path)
-    return 0
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from .merge import merge
-
-    merged = merge(
-        arguments.checkpoint,
-        arguments.lora,
-        arguments.out,
-        strength=arguments.strength,
-        family=arguments.family,
-    )
-    print(merged.summary)
     return 0
 
 

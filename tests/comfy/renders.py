@@ -55,6 +55,6 @@ def failure(server: ComfyServer, **options: Any) -> Run:
 
 
 def reports(run: Run) -> list[str]:
-    """What DMD2 Load LoRA said, where Preview as Text showed it."""
+    """What DMD2 Load LoRA said, on itself and where Preview as Text showed it, each once."""
     texts = [text for output in run.outputs.values() for text in output.get("text", ())]
-    return [text for text in texts if "modules applied" in text]
+    return list(dict.fromkeys(text for text in texts if "modules applied" in text))

@@ -353,5 +353,7 @@ def test_a_recipe_is_found_where_it_is(pack, core):
 def test_a_cut_schedule_still_counts_as_zero_snr(adapter):
     sampling = model_sampling(adapter, "v with zero terminal SNR")
     assert adapter.has_zero_snr(sampling)
-    assert adapter.has_zero_snr(adapter.truncated(sampling, 399))
+    cut = adapter.truncated(sampling, 399)
+    assert adapter.has_zero_snr(cut)
+    assert adapter.has_zero_snr(adapter.truncated(cut, 249))
     assert not adapter.has_zero_snr(model_sampling(adapter, "v"))

@@ -66,7 +66,7 @@ def test_a_merged_checkpoint_paints_what_the_lora_does(
     [
         (graphs.CHECKPOINT, {"checkpoint": graphs.CHECKPOINT}, "No sign of a few-step LoRA"),
         (graphs.CHECKPOINT, {"lora_name": graphs.LORA}, "No sign of a few-step LoRA"),
-        (MERGED, {"checkpoint": MERGED}, f"the metadata of {MERGED} has a recipe. Recipe: steps"),
+        (MERGED, {"checkpoint": MERGED}, f"{graphs.LORA} was merged at strength 1. Recipe: steps"),
         (NAMED, {"checkpoint": NAMED}, "may carry a few-step LoRA: its metadata prompt has"),
         (SILENT, {}, "No sign of a few-step LoRA"),
         (SILENT, {"lora_name": graphs.LORA, "refuse": False}, "is in its weights (1: all of it)"),
@@ -111,3 +111,31 @@ def test_a_loaded_lora_is_measured_at_its_strength(
     patched, plain = (run.outputs[node.name]["text"][0] for node in shown)
     assert said in patched
     assert "No sign" in plain
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"lora": 1}', '{"lora": "x", "strength": "much"}', "[" * 100_000]
+)
+def test_unreadable_statements_of_a_merge_are_none(pack, text: str) -> None:
+    presence = pack("nodes.lora_presence")
+    assert presence.merged_lora({"dmd2.merged": text}) == ""
+    assert presence.merged_lora({}) == ""
+    good = {"dmd2.merged": '{"lora": "a.safetensors", "strength": 0.5}'}
+    assert presence.merged_lora(good) == "a.safetensors was merged at strength 0.5"
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("My Model DMD2 v3", True),
+        ("Juggernaut XL Lightning", True),
+        ('{"4": {"inputs": {"lora_name": "Hyper-SDXL-8steps-lora.safetensors"}}}', True),
+        ("lcm-lora-sdxl", True),
+        ("sd_xl_turbo_1.0", True),
+        ("a film camera", False),
+        ("malcmere", False),
+        ("sd_xl_base_1.0", False),
+    ],
+)
+def test_which_words_count_as_few_step(pack, value: str, found: bool) -> None:
+    assert bool(pack("nodes.lora_presence").named_in({"modelspec.title": value})) == found
