@@ -1,10 +1,13 @@
-// Shows in the Scheduler and Sample nodes which timesteps they will run.
+// Shows in the Scheduler and Sample nodes which timesteps they will run, and in nodes that have
+// something to say what they said.
 
 import { app } from '/scripts/app.js'
 import { HEIGHT_PX, drawPlan } from './chart.mjs'
 import { planOf } from './plan.mjs'
+import { showReport } from './report.mjs'
 
-const NODES = ['DMD2_Scheduler', 'DMD2_Sample']
+const WITH_CHART = ['DMD2_Scheduler', 'DMD2_Sample']
+const WITH_REPORT = ['DMD2_LoadLoRA', 'DMD2_Sample', 'DMD2_KSamplerPatch', 'DMD2_MergeCheck']
 const WIDGETS = ['steps', 'timesteps', 'denoise']
 const CHART = 'plan_chart'
 
@@ -70,8 +73,13 @@ function addChart(node) {
 }
 
 app.registerExtension({
-  name: 'DMD2.Plan',
+  name: 'DMD2.Nodes',
   nodeCreated(node) {
-    if (NODES.includes(node.comfyClass)) addChart(node)
+    if (WITH_CHART.includes(node.comfyClass)) addChart(node)
+    if (WITH_REPORT.includes(node.comfyClass)) {
+      chain(node, 'onExecuted', (output) => {
+        if (output?.text) showReport(node, output.text.join('\n'))
+      })
+    }
   }
 })

@@ -159,6 +159,14 @@ def test_after_a_run_the_chart_shows_what_ran(page: Page, object_info: dict[str,
     node = "DMD2_Scheduler"
     assert caption(page, node) == "1 step · told 399 · as the recipe says"
     assert bars(page, node) == ["timestep 999, noise 1.16"]
+    report = page.run(
+        f"{CHART_OF.format('DMD2_LoadLoRA')}.widgets.find((w) => w.name === 'report_text')"
+        ".element.textContent"
+    )
+    assert "modules applied at strength 1." in report
+    saved = page.run("dmd2.app.canvas.graph.serialize()")
+    values = {node["type"]: node.get("widgets_values") for node in saved["nodes"]}
+    assert values["DMD2_LoadLoRA"] == [model_files.ONE_STEP_LORA, 1, "from the file"]
     comfy_page.photograph(page, SCREENSHOTS / "after_a_run.png")
     set_widgets(page, node, steps=2)
     assert caption(page, node) == "2 steps"

@@ -13,8 +13,10 @@ from graphs import widgets_of
 
 COLUMN_PX, GAP_PX = 70, 60
 TITLE_PX, SLOT_PX, WIDGET_PX, TEXT_PX, CHART_PX = 16, 20, 24, 90, 110
+REPORT_PX = 74
 EXTRA_PX = {"SaveImage": 400, "PreviewImage": 320, "LoadImage": 340, "PreviewAny": 150}
-EXTRA_PX |= {"DMD2_Scheduler": CHART_PX, "DMD2_Sample": CHART_PX, "DMD2_LoadLoRA": 0}
+EXTRA_PX |= {"DMD2_Scheduler": CHART_PX, "DMD2_Sample": CHART_PX + REPORT_PX}
+EXTRA_PX |= {"DMD2_LoadLoRA": REPORT_PX, "DMD2_KSamplerPatch": REPORT_PX}
 WIDTH_PX = {"SaveImage": 420, "MarkdownNote": 420}
 
 Link = tuple["Node", str]

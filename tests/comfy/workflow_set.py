@@ -88,7 +88,6 @@ The negative prompt acts through attention guidance (**nag_scale**), since the m
         negative=negative,
         latent_image=latent,
     )
-    flow.add("PreviewAny", "What the LoRA says", source=loader["report"])
     flow.column(420)
     _picture(flow, sampled["latent"], checkpoint["VAE"])
 
