@@ -76,8 +76,8 @@ def test_a_note_names_the_files_and_their_folders(name: str, object_info: dict[s
     }
     assert len(used) >= 2
     for widget, value in used:
-        assert f"`{value}`" in text, (name, value)
-        assert f"`models/{FOLDERS[widget]}`" in text, (name, widget)
+        assert f"**{value}**" in text, (name, value)
+        assert f"**models/{FOLDERS[widget]}**" in text, (name, widget)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,14 +21,15 @@ NEGATIVE = "blurry, text, watermark"
 NO_NEGATIVE = "Negative prompt (no effect at cfg 1)"
 FAMILY = "DMD2, 4 steps"
 
+# Bold, not code: on the notes' colour the newer of the page's two node designs hides code.
 FILES = {
-    "checkpoint": f"- `{CHECKPOINT}` (or any SDXL checkpoint) into `models/checkpoints`",
-    "lora": f"- `{LORA}` into `models/loras`: the published LoRA "
+    "checkpoint": f"- **{CHECKPOINT}** (or any SDXL checkpoint) into **models/checkpoints**",
+    "lora": f"- **{LORA}** into **models/loras**: the published LoRA "
     "(huggingface.co/tianweiy/DMD2, not for commercial use). Or a LoRA of your own "
-    '(`dmd2 train`): then set **family** to "from the file".',
-    "one_step": f"- `{ONE_STEP_LORA}` into `models/loras`: a one-step LoRA of your own "
-    "(`dmd2 train --preset sdxl-1step`)",
-    "controlnet": f"- `{CONTROLNET}` into `models/controlnet`: "
+    '(*dmd2 train*): then set **family** to "from the file".',
+    "one_step": f"- **{ONE_STEP_LORA}** into **models/loras**: a one-step LoRA of your own "
+    "(*dmd2 train --preset sdxl-1step*)",
+    "controlnet": f"- **{CONTROLNET}** into **models/controlnet**: "
     "huggingface.co/diffusers/controlnet-canny-sdxl-1.0, renamed. Any SDXL ControlNet works.",
 }
 
@@ -287,8 +288,8 @@ def stock_ksampler(flow: Workflow) -> None:
     flow.column(400)
     text = """
 For graphs that keep ComfyUI's KSampler: **DMD2 for KSampler** has it run exactly the trained
-timesteps at cfg 1, whatever scheduler, steps and cfg it shows. Take the sampler `lcm` for DMD2
-and LCM, `euler` for SDXL-Lightning and Hyper-SD.
+timesteps at cfg 1, whatever scheduler, steps and cfg it shows. Take the sampler *lcm* for DMD2
+and LCM, *euler* for SDXL-Lightning and Hyper-SD.
 """
     _note(flow, "Stock KSampler", text, ["checkpoint", "lora"], 290)
     checkpoint, loader = models(flow)
