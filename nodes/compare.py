@@ -11,7 +11,7 @@ from comfy.model_management import intermediate_device
 from comfy_api.latest import io
 
 from . import sampling
-from .common import CATEGORY
+from .common import CATEGORY, search_aliases
 from .guider import Conditioning, has_zero_unconditional
 from .image_noise import MAX_SEED, ImageNoise
 from .picture_grid import Column, labelled_grid
@@ -51,6 +51,7 @@ class Compare(io.ComfyNode):
             node_id="DMD2_Compare",
             display_name="DMD2 Compare",
             category=CATEGORY,
+            **search_aliases("grid", "compare loras", "xy plot", "side by side"),
             description="The same prompts and the same noise through several models, as one "
             "labelled picture. Each model is sampled by the recipe that it carries.",
             inputs=[

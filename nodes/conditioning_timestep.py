@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .recipes import check_fits, recipe_for
 
 
@@ -19,6 +19,7 @@ class ConditioningTimestep(io.ComfyNode):
             node_id="DMD2_ConditioningTimestep",
             display_name="DMD2 Conditioning Timestep",
             category=CATEGORY,
+            **search_aliases("one step", "1 step", "399", "model sampling"),
             description="For one-step models: pure noise goes in, but the network is told an "
             "earlier timestep (SDXL: 399). Works with any sampler and an empty latent.",
             inputs=[

@@ -18,11 +18,11 @@ class DMD2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadLoRA,
+            Sample,
             Scheduler,
             Sampler,
             ConditioningTimestep,
             KSamplerPatch,
-            MergeCheck,
-            Sample,
             Compare,
+            MergeCheck,
         ]

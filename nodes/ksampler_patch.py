@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .recipes import check_fits, recipe_for
 from .scheduler import MAX_STEPS
 
@@ -25,6 +25,7 @@ class KSamplerPatch(io.ComfyNode):
             node_id="DMD2_KSamplerPatch",
             display_name="DMD2 for KSampler",
             category=CATEGORY,
+            **search_aliases("few step ksampler", "lcm", "simple scheduler", "timesteps"),
             description="Keeps your KSampler: the model that comes out is sampled at its trained "
             "timesteps and at its own cfg, whatever scheduler, steps, denoise and cfg are set.",
             inputs=[

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import lora, recipes, settings
-from .common import CATEGORY, DMD2Recipe
+from .common import CATEGORY, DMD2Recipe, search_aliases
 from .recipes import FAMILY_NAMES, FROM_FILE
 
 
@@ -22,6 +22,9 @@ class LoadLoRA(io.ComfyNode):
             node_id="DMD2_LoadLoRA",
             display_name="DMD2 Load LoRA",
             category=CATEGORY,
+            **search_aliases(
+                "few step lora", "lcm lora", "lightning lora", "hyper-sd", "turbo", "distilled lora"
+            ),
             description="Applies a distilled LoRA and reads how it wants to be sampled. Says what "
             "was applied, and refuses a LoRA that was made for another architecture.",
             inputs=[

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import lora_presence, recipes, settings
-from .common import CATEGORY, DMD2Recipe
+from .common import CATEGORY, DMD2Recipe, search_aliases
 from .load_lora import lora_files, read_lora
 
 NOT_NAMED, NONE = "not named", "none"
@@ -26,6 +26,7 @@ class MergeCheck(io.ComfyNode):
             node_id="DMD2_MergeCheck",
             display_name="DMD2 Merge Check",
             category=CATEGORY,
+            **search_aliases("is merged", "double lora", "checkpoint info", "metadata"),
             description="Says whether a model already carries a few-step LoRA, and stops before a "
             "second one spoils the picture. A merged checkpoint with a recipe hands it on.",
             inputs=[

@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import sampling, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .guider import parse_guidance_steps
 from .image_noise import MAX_SEED, ImageNoise, parse_seeds
 from .nag import DEFAULT_SCALE
+from .plan_view import plan_ui
 from .recipes import recipe_for
 from .scheduler import MAX_STEPS
 
@@ -23,6 +24,16 @@ class Sample(io.ComfyNode):
             node_id="DMD2_Sample",
             display_name="DMD2 Sample",
             category=CATEGORY,
+            **search_aliases(
+                "few step sampler",
+                "4 steps",
+                "1 step",
+                "nag",
+                "fast sdxl",
+                "lcm",
+                "txt2img",
+                "img2img",
+            ),
             description="Samples a few-step model as it was trained: steps, noise and conditioning "
             "timestep come from the recipe. A negative prompt works without a second pass.",
             inputs=[
@@ -133,7 +144,8 @@ class Sample(io.ComfyNode):
     ) -> io.NodeOutput:
         listed = parse_seeds(seeds)
         if denoise == 0:
-            return _shown(latent_image, "Denoise 0: no step runs, the image stays.")
+            nothing = "Denoise 0: no step runs, the image stays."
+            return io.NodeOutput(latent_image, nothing, ui={"text": (nothing,)})
         recipe = recipe_for(model, recipe)
         prepared, plan = sampling.prepared(model, recipe, steps, denoise)
         guided_steps = parse_guidance_steps(guidance_steps, len(plan.active))
@@ -158,9 +170,6 @@ class Sample(io.ComfyNode):
         sentences = [settings.describe_plan(plan, denoise), *run.remarks()]
         if recipe is None:
             sentences.append(sampling.note_without_recipe(model))
-        return _shown(result, " ".join(sentences))
-
-
-def _shown(latent: dict[str, Any], plan: str) -> io.NodeOutput:
-    """The outputs, and the plan as text below the node."""
-    return io.NodeOutput(latent, plan, ui={"text": (plan,)})
+        text = " ".join(sentences)
+        model_sampling = prepared.get_model_object("model_sampling")
+        return io.NodeOutput(result, text, ui=plan_ui(text, plan, model_sampling))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dmd2_core import Recipe
 from . import settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
 from .k_diffusion import NOISE_SOURCES, PER_IMAGE, sample_dmd2
 from .recipes import recipe_for
 
@@ -26,6 +26,7 @@ class Sampler(io.ComfyNode):
             node_id="DMD2_Sampler",
             display_name="DMD2 Sampler",
             category=CATEGORY,
+            **search_aliases("few step sampler", "lcm sampler", "re-noise", "noise injection"),
             description="Denoise, add fresh noise, denoise: the loop a distilled model was trained "
             "in. Use it with cfg 1.",
             inputs=[
@@ -49,6 +50,8 @@ class Sampler(io.ComfyNode):
                     default=SEED_OF_THE_NODE,
                     min=SEED_OF_THE_NODE,
                     max=MAX_SEED,
+                    # Else the page, by this name, adds a control that randomises it.
+                    control_after_generate=False,
                     tooltip="Seed of the fresh noise. -1: the sampling node's. Change it to vary "
                     "details of an image while its first noise stays.",
                 ),

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
+from .plan_view import plan_ui
 from .recipes import check_fits, recipe_for
 
 MAX_STEPS = 16
@@ -22,6 +23,7 @@ class Scheduler(io.ComfyNode):
             node_id="DMD2_Scheduler",
             display_name="DMD2 Scheduler",
             category=CATEGORY,
+            **search_aliases("few step scheduler", "timesteps", "sigmas", "lcm scheduler"),
             description="The sigmas of exactly the timesteps a distilled model was trained on, "
             "such as 999, 749, 499, 249 for 4 steps.",
             inputs=[
@@ -76,7 +78,8 @@ class Scheduler(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         k_diffusion.check_discrete(sampling)
         if denoise == 0:
-            return _shown(torch.zeros(0), "Denoise 0: no step runs, the image stays.")
+            nothing = "Denoise 0: no step runs, the image stays."
+            return io.NodeOutput(torch.zeros(0), nothing, ui={"text": (nothing,)})
         set_by_hand = steps != 0 or timesteps.strip() != ""
         if not set_by_hand:
             recipe = recipe_for(model, recipe)
@@ -89,10 +92,5 @@ class Scheduler(io.ComfyNode):
             conditioning_timestep=k_diffusion.conditioning_timestep_of(sampling),
         )
         sigmas = k_diffusion.sigmas_of(plan, sampling)
-        return _shown(sigmas, settings.describe_plan(plan, denoise))
-
-
-def _shown(sigmas: torch.Tensor, plan: str) -> io.NodeOutput:
-    """The outputs, and the plan as text below the node, in the form of ComfyUI's Preview as Text
-    (a plain dictionary, which 0.3.48 takes as well)."""
-    return io.NodeOutput(sigmas, plan, ui={"text": (plan,)})
+        text = settings.describe_plan(plan, denoise)
+        return io.NodeOutput(sigmas, text, ui=plan_ui(text, plan, sampling))

@@ -10,10 +10,13 @@ from comfy_server import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOW_FILE = REPOSITORY / "workflows" / "dmd2_4step.json"
-CHECKPOINT, LORA = "sd_xl_base_1.0.safetensors", "dmd2_sdxl_4step.safetensors"
-"""The names in the shipped workflow; the tests store the tiny model's files under them."""
+CHECKPOINT = "sd_xl_base_1.0.safetensors"
+LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
+"""The names in the shipped workflows; the tests store the tiny model's files under them."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOT_EXECUTED = ("Note", "MarkdownNote", "Reroute")
+SEEDS = ("seed", "noise_seed")
+"""The page adds "control after generate" to integers of these names unless the node says no."""
 SEED_CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -31,7 +34,7 @@ def api_format(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
         }
         values = iter(node.get("widgets_values", []))
         inputs: dict[str, Any] = {}
-        for name, control in _widgets(object_info[node["type"]]):
+        for name, control in widgets_of(object_info[node["type"]]):
             inputs[name] = next(values)
             if control:
                 assert next(values) in SEED_CONTROLS, node
@@ -40,7 +43,7 @@ def api_format(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
+def widgets_of(info: dict[str, Any]) -> list[tuple[str, bool]]:
     """A node's widgets in order, and whether "control after generate" follows one."""
     widgets = []
     for kind in ("required", "optional"):
@@ -48,7 +51,8 @@ def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
             settings = options[0] if options else {}
             is_widget = isinstance(type_, list) or type_ in WIDGETS
             if is_widget and not settings.get("forceInput"):
-                widgets.append((name, bool(settings.get("control_after_generate"))))
+                control = settings.get("control_after_generate")
+                widgets.append((name, name in SEEDS if control is None else bool(control)))
     return widgets
 
 

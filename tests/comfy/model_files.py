@@ -82,7 +82,7 @@ def build(models: Path) -> TinyModel:
     export_lora(student, STUDENT, loras / V_LORA, zero_snr)
     _write_with_diffusers_names(student, loras / DIFFUSERS_LORA)
     _write_variants(loras)
-    _write_controlnet(models)
+    write_controlnet(models / "checkpoints" / CHECKPOINT, models / "controlnet" / CONTROLNET)
     modules = len(student.modules_with_adapter)
     return TinyModel(components=components, student=student, num_modules=modules)
 
@@ -120,7 +120,7 @@ def _write_variants(loras: Path) -> None:
     save_file(foreign, loras / FOREIGN_LORA)
 
 
-def _write_controlnet(models: Path) -> None:
+def write_controlnet(checkpoint: Path, path: Path) -> None:
     """A ControlNet in its original form: the UNet's first half, arbitrary hint and output layers.
 
     The hint network has the widths of every ControlNet for an image of 8 times the latent's size.
@@ -128,7 +128,7 @@ def _write_controlnet(models: Path) -> None:
     prefix = "model.diffusion_model."
     unet = {
         key.removeprefix(prefix): weight
-        for key, weight in load_file(models / "checkpoints" / CHECKPOINT).items()
+        for key, weight in load_file(checkpoint).items()
         if key.startswith(prefix)
     }
     kept = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
@@ -146,4 +146,4 @@ def _write_controlnet(models: Path) -> None:
         shape = (after, before, side, side)
         tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / (before * side**2)
         tensors[f"{name}.bias"] = torch.zeros(after)
-    save_file(tensors, models / "controlnet" / CONTROLNET)
+    save_file(tensors, path)

@@ -50,8 +50,9 @@ def test_the_shipped_workflow_makes_a_picture(server: ComfyServer, model: TinyMo
     assert made.std() > 0.01
     # Every key was applied, says the node, and ComfyUI has nothing to complain of.
     [report] = run.outputs[by_class["PreviewAny"][0]]["text"]
+    chosen = "Chosen family DMD2, 4 steps."
     count = f"{model.num_modules} of {model.num_modules} modules applied at strength 1."
-    assert report.startswith(f"{lora}: {count}\nRecipe: steps 999, 749, 499, 249;")
+    assert report.startswith(f"{lora}: {count}\n{chosen} Recipe: steps 999, 749, 499, 249;")
     assert f"DMD2: {lora}: {count}" in run.log
     assert not [text for text in COMFYUI_COMPLAINTS if text in run.log]
 
@@ -265,14 +266,11 @@ def test_a_newly_exported_lora_is_loaded_again(server: ComfyServer, model: TinyM
     assert "Not applied" in reports(second)[0]
 
 
-def test_the_page_gets_help_and_workflow(server: ComfyServer) -> None:
+def test_every_tooltip_is_a_sentence(server: ComfyServer) -> None:
     info = server.get("/object_info")
     ours = [name for name in info if name.startswith("DMD2_")]
     assert len(ours) == NUM_NODES
     for name in ours:
-        page = server.get_bytes(f"/extensions/dmd2/docs/{name}.md").decode()
         for kind in ("required", "optional"):
             for widget, (_, settings) in info[name]["input"].get(kind, {}).items():
                 assert settings["tooltip"].endswith("."), (name, widget)
-                assert f"**{widget}**" in page, (name, widget)
-    assert server.get("/workflow_templates")["dmd2"] == [Path(graphs.WORKFLOW_FILE).stem]
