@@ -3,6 +3,7 @@ PYTHON ?=
 VENV ?= .venv
 OUT ?= demo_output
 SEED ?= 0
+PORT ?= 8188
 PYTEST_ARGS ?=
 # Two test files at a time, each process on one thread: quicker than one file on two threads.
 WORKERS ?= 2
@@ -13,7 +14,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
 # With setuptools already there, the build of this package needs no environment of its own.
 INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation --editable
 
-.PHONY: help demo test test-full lint format teacher clean
+.PHONY: help demo comfyui workflows test browser test-full lint format teacher clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -22,8 +23,28 @@ help:  ## show this list
 demo: $(VENV)/.train  ## distil the embedded teacher and compare: LoRA, picture, report (OUT=DIR, SEED=N)
 	$(VENV)/bin/dmd2 demo --out $(OUT) --seed $(SEED)
 
-test: $(VENV)/.test  ## the whole test suite, with a real ComfyUI (PYTEST_ARGS="-k NAME" for a part, WORKERS=N files at a time)
+comfyui: $(VENV)/.test $(OUT)/dmd2_demo_4step.safetensors  ## start a ComfyUI with the nodes, the tiny model and the workflows (PORT=N)
+	$(VENV_PYTHON) tests/comfy/by_hand.py --lora $(OUT)/dmd2_demo_4step.safetensors --port $(PORT)
+
+workflows: $(VENV)/.test $(OUT)/dmd2_demo_4step.safetensors browser  ## write workflows/ and its pictures anew
+	$(VENV_PYTHON) tests/comfy/make_workflows.py --lora $(OUT)/dmd2_demo_4step.safetensors
+
+$(OUT)/dmd2_demo_4step.safetensors:
+	$(MAKE) demo
+
+test: $(VENV)/.test browser  ## the whole test suite, with a real ComfyUI (PYTEST_ARGS="-k NAME" for a part, WORKERS=N)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# The tests look at the nodes in a headless Chromium. In a container (root, Debian) it is installed;
+# elsewhere the tests say what is missing.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing chromium for the tests of the page (apt-get) ..."; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium >/dev/null && exit 0; fi; \
+	echo "There is no Chromium: the tests of the page will fail and say so."
 
 test-full: $(VENV)/.test  ## slow tests of full-size SDXL (20 GB of memory, 10 GB of disk)
 	$(VENV_PYTHON) -m pytest -m full $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ Read in this order: schedule, prediction, few_step, then losses.
 """
 
 from .discriminator import MiddleBlockHead
+from .families import FAMILIES, family_recipe
 from .few_step import StepPlan, few_step_sample, initial_sample
 from .guidance import classifier_free_guidance, guided
 from .losses import (
@@ -29,6 +30,7 @@ from .schedule import (
 )
 
 __all__ = [
+    "FAMILIES",
     "INITIAL_STEP",
     "Denoiser",
     "EDMSchedule",
@@ -49,6 +51,7 @@ __all__ = [
     "distribution_matching_gradient",
     "distribution_matching_loss",
     "edm_preconditioned",
+    "family_recipe",
     "few_step_sample",
     "from_x0",
     "gan_critic_loss",

@@ -18,6 +18,8 @@ from .schedule import NUM_TIMESTEPS
 
 RECIPE_KEY = "dmd2.recipe"
 VERSION_KEY = "dmd2.recipe_version"
+MERGED_KEY = "dmd2.merged"
+"""In a checkpoint: which LoRA was baked into it, as JSON."""
 VERSION = "1"
 _MAX_CHARACTERS = 1 << 20
 

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..dmd2_core import Recipe
 from . import k_diffusion, settings
-from .common import CATEGORY, recipe_input
+from .common import CATEGORY, recipe_input, search_aliases
+from .recipes import check_fits, recipe_for
 
 
 class ConditioningTimestep(io.ComfyNode):
@@ -18,6 +19,7 @@ class ConditioningTimestep(io.ComfyNode):
             node_id="DMD2_ConditioningTimestep",
             display_name="DMD2 Conditioning Timestep",
             category=CATEGORY,
+            **search_aliases("one step", "1 step", "399", "model sampling"),
             description="For one-step models: pure noise goes in, but the network is told an "
             "earlier timestep (SDXL: 399). Works with any sampler and an empty latent.",
             inputs=[
@@ -44,10 +46,13 @@ class ConditioningTimestep(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, timestep: int, recipe: Recipe | None = None) -> io.NodeOutput:
+        sampling = model.get_model_object("model_sampling")
+        if timestep == settings.DEFAULT_CONDITIONING_TIMESTEP:
+            recipe = recipe_for(model, recipe)
+            check_fits(recipe, sampling)
         wanted = settings.conditioning_timestep(recipe, timestep)
         if wanted is None:
             return io.NodeOutput(model)
         patched = model.clone()
-        sampling = k_diffusion.truncated(model.get_model_object("model_sampling"), wanted)
-        patched.add_object_patch("model_sampling", sampling)
+        patched.add_object_patch("model_sampling", k_diffusion.truncated(sampling, wanted))
         return io.NodeOutput(patched)

@@ -21,7 +21,12 @@ from ..dmd2_core import EDMSchedule, Prediction, SeededNoise, StepPlan, few_step
 NUM_TIMESTEPS = 1000
 PER_IMAGE, STOCK = "per image", "stock"
 NOISE_SOURCES = (PER_IMAGE, STOCK)
+Noise = Callable[[int, Tensor], Tensor]
+"""(step, like) -> unit Gaussian noise with `like`'s shape (B, C, H, W), dtype and device."""
 _TRUNCATED = "dmd2_conditioning_timestep"
+_UNCUT_SIGMA_MAX = "dmd2_uncut_sigma_max"
+_ZERO_SNR_SIGMA = 1000.0
+"""A k_sigma at t = 999 above this means zero terminal SNR (ComfyUI: 4518.8, otherwise 14.6)."""
 
 
 def check_discrete(model_sampling: Any) -> None:
@@ -51,6 +56,8 @@ def check_noise_to_signal(model_sampling: Any) -> None:
 def _kind(model_sampling: Any) -> str:
     """The names of the classes that a ComfyUI model_sampling is made of."""
     cls = type(model_sampling)
+    if conditioning_timestep_of(model_sampling) is not None:
+        cls = cls.__bases__[0]  # ours is of one that ComfyUI made
     bases = [base.__name__ for base in cls.__bases__ if base is not torch.nn.Module]
     return " + ".join(bases) or cls.__name__
 
@@ -62,6 +69,13 @@ def prediction_of(model_sampling: Any) -> Prediction | None:
     if isinstance(model_sampling, comfy.model_sampling.X0):
         return None
     return "epsilon" if isinstance(model_sampling, comfy.model_sampling.EPS) else None
+
+
+def has_zero_snr(model_sampling: Any) -> bool:
+    """Whether the schedule ends in pure noise; a truncated one is judged by its whole."""
+    before = getattr(model_sampling, _UNCUT_SIGMA_MAX, None)
+    sigma_max = getattr(model_sampling, "sigma_max", 0.0) if before is None else before
+    return float(sigma_max) > _ZERO_SNR_SIGMA
 
 
 def conditioning_timestep_of(model_sampling: Any) -> int | None:
@@ -84,9 +98,34 @@ def truncated(model_sampling: Any, timestep: int) -> Any:
             "(399 is SDXL's), and use one DMD2 Conditioning Timestep node only"
         )
     cut = copy.deepcopy(model_sampling)
+    cut.__class__ = _from_pure_noise(type(model_sampling))
     cut.set_sigmas(model_sampling.sigmas[: timestep + 1].clone())
     setattr(cut, _TRUNCATED, timestep)
+    if not hasattr(cut, _UNCUT_SIGMA_MAX):
+        setattr(cut, _UNCUT_SIGMA_MAX, float(model_sampling.sigma_max))
     return cut
+
+
+def _from_pure_noise(kind: type) -> type:
+    """`kind` with a `noise_scaling` that refuses an image at its first step.
+
+    Every sampler of ComfyUI scales its start there, so the message comes whatever node samples.
+    """
+
+    class FromPureNoise(kind):  # type: ignore[misc, valid-type]
+        def noise_scaling(
+            self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False
+        ) -> Tensor:
+            if max_denoise and noise.any() and latent_image.any():
+                raise ValueError(
+                    "the latent is not empty, but a model with a conditioning timestep makes its "
+                    "picture from pure noise alone: connect an Empty Latent Image, or use a model "
+                    "of several steps for image to image and inpainting"
+                )
+            return super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+    FromPureNoise.__name__ = kind.__name__
+    return FromPureNoise
 
 
 def sigmas_of(plan: StepPlan, model_sampling: Any) -> Tensor:
@@ -112,6 +151,24 @@ def sigmas_of(plan: StepPlan, model_sampling: Any) -> Tensor:
     return torch.cat([table[torch.tensor(steps)], torch.zeros(1)])
 
 
+def moved_to(trained: Tensor, sigmas: Tensor, model_sampling: Any) -> Tensor:
+    """The part of the `trained` noise levels that `sigmas` covers, nearest in the timestep.
+
+    Both are (steps + 1,) and descend, `trained` to 0. A `sigmas` that ends above 0 (the first of
+    two passes) ends at the trained level where the second will start.
+    """
+    if len(sigmas) == 0:
+        return sigmas
+    steps = model_sampling.timestep(trained[:-1]).double()
+
+    def nearest(sigma: Tensor) -> int:
+        step = model_sampling.timestep(sigma.to(trained).reshape(1)).double()
+        return int((steps - step).abs().argmin())
+
+    stop = len(trained) if sigmas[-1] == 0 else nearest(sigmas[-1]) + 1
+    return trained[nearest(sigmas[0]) : stop].to(sigmas)
+
+
 def sample_dmd2(
     model: Any,
     x: Tensor,
@@ -121,14 +178,15 @@ def sample_dmd2(
     disable: bool | None = None,
     *,
     strength: float | Sequence[float] = 1.0,
-    noise_source: str = PER_IMAGE,
-    seed_offset: int = 0,
+    noise_source: str | Noise = PER_IMAGE,
+    seed: int | None = None,
 ) -> Tensor:
     """ComfyUI's sampler function: dmd2_core's one loop over the given sigmas.
 
     `model(x, sigma, **extra_args)` returns x0; `x`: (B, C, H, W), already noised to sigmas[0] by
     ComfyUI; `sigmas`: (steps + 1,), descending. A last sigma above 0 (split schedules) returns x at
-    that noise level. The seed is the sampling node's (in `extra_args`) plus `seed_offset`.
+    that noise level. `seed` is that of the fresh noise; None: the sampling node's (`extra_args`);
+    a `noise_source` of one's own has no use for it.
     """
     levels = sigmas.tolist()
     if len(levels) < 2:
@@ -137,6 +195,8 @@ def sample_dmd2(
     is_complete = levels[-1] == 0.0
     plan = StepPlan(timesteps=tuple(levels[:-1] if is_complete else levels))
     extra_args = extra_args or {}
+    if seed is None:
+        seed = extra_args.get("seed") or 0
 
     with tqdm(total=len(levels) - 1, disable=disable) as progress:
 
@@ -155,14 +215,14 @@ def sample_dmd2(
             x,
             EDMSchedule(),
             plan,
-            noise=noise_for(x, (extra_args.get("seed") or 0) + seed_offset, noise_source),
+            noise=noise_source if callable(noise_source) else noise_for(x, seed, noise_source),
             strength=_last(strength, num=len(plan.timesteps) - 1),
             stop=None if is_complete else len(levels) - 1,
             callback=report,
         )
 
 
-def noise_for(x: Tensor, seed: int, source: str) -> Callable[[int, Tensor], Tensor]:
+def noise_for(x: Tensor, seed: int, source: str) -> Noise:
     """The fresh noise per step: dmd2_core's per image, or ComfyUI's own whole-batch draw.
 
     "stock" draws in ComfyUI's order from ComfyUI's generator, so that the same seed gives what its

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
 from torch import Tensor
 
-from ..dmd2_core import Recipe
-from . import settings
-from .k_diffusion import prediction_of
-
 _SUFFIX = re.compile(
     r"(\.alpha|\.dora_scale|[._]lora[._].*|\.lora_.*|\.(hada|lokr|oft|diff|set_weight|[wb]_norm).*)$"
 )
-ZERO_SNR_SIGMA = 1000.0
-"""A k_sigma at t = 999 above this means zero terminal SNR (ComfyUI: 4518.8, otherwise 14.6)."""
+_TEXT_ENCODER = re.compile(r"lora_te\d?_|lora_prior_te_|text_encoders?[._\d]|te\d?_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,34 +30,61 @@ class Applied:
     modules: tuple[str, ...]
     """Every module named in the file."""
     missing: tuple[str, ...]
-    """Those that the model has no layer for."""
+    """Those that have no layer in the model, nor in the text encoders if these are connected."""
+    without_clip: tuple[str, ...]
+    """Those for text encoders, which are not connected."""
 
 
 def apply_lora(
-    model: Any, tensors: Mapping[str, Tensor], strength: float, name: str
-) -> tuple[Any, Applied]:
-    """A patched clone of ComfyUI's `model` and the account of it.
+    model: Any, clip: Any, tensors: Mapping[str, Tensor], strength: float, name: str
+) -> tuple[Any, Any, Applied]:
+    """Patched clones of ComfyUI's `model` and `clip` (None: not connected), and the account.
 
     ValueError if not one module fits, or if a layer has another shape than the file's.
     """
     tensors = comfy.lora_convert.convert_lora(dict(tensors))
     layers = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = dict(model.model.state_dict())
+    if clip is not None:
+        layers = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, layers)
+        weights |= clip.cond_stage_model.state_dict()
     found = {module: layers.get(module) for module in _modules(tensors, layers)}
-    missing = tuple(module for module, layer in found.items() if layer is None)
-    if len(missing) == len(found):
-        example = f", such as {missing[0]!r}," if missing else ""
+    placed = {module: layer for module, layer in found.items() if layer is not None}
+    if not placed:
+        _refuse(found, name, clip is None)
+    _check_shapes(tensors, placed, weights, name)
+    patched, patched_clip = comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength)
+    unplaced = [module for module, layer in placed.items() if not _grew(layer, model, patched)]
+    if clip is not None:
+        unplaced = [m for m in unplaced if not _grew(placed[m], clip.patcher, patched_clip.patcher)]
+    left = [module for module in found if module not in placed or module in set(unplaced)]
+    texts = [module for module in left if clip is None and _TEXT_ENCODER.match(module)]
+    applied = Applied(
+        modules=tuple(found),
+        missing=tuple(module for module in left if module not in set(texts)),
+        without_clip=tuple(texts),
+    )
+    return patched, patched_clip, applied
+
+
+def _refuse(found: Mapping[str, Any], name: str, without_clip: bool) -> NoReturn:
+    """ValueError: nothing in the file has a place."""
+    if found and without_clip and all(_TEXT_ENCODER.match(module) for module in found):
         raise ValueError(
-            f"none of the {len(found)} modules{example} in the LoRA {name!r} fits this model: it "
-            "was made for another architecture. Load the kind of model it was trained on, or "
-            "choose another LoRA"
+            f"all {len(found)} modules of the LoRA {name!r} are for text encoders: connect clip"
         )
-    _check_shapes(tensors, {m: layer for m, layer in found.items() if layer}, model, name)
-    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
-    for module, layer in found.items():
-        before, after = model.patches.get(layer, ()), patched.patches.get(layer, ())
-        if layer is not None and len(after) == len(before):
-            missing += (module,)
-    return patched, Applied(modules=tuple(found), missing=missing)
+    example = next((f", such as {module!r}," for module in found), "")
+    raise ValueError(
+        f"none of the {len(found)} modules{example} in the LoRA {name!r} fits this model: it "
+        "was made for another architecture. Load the kind of model it was trained on, or "
+        "choose another LoRA"
+    )
+
+
+def _grew(layer: Any, before: Any, after: Any) -> bool:
+    """Whether a patch for `layer` (its name; a tuple if with an offset) came between patchers."""
+    layer = layer if isinstance(layer, str) else layer[0]
+    return len(after.patches.get(layer, ())) > len(before.patches.get(layer, ()))
 
 
 def _modules(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> list[str]:
@@ -76,62 +98,55 @@ def _modules(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> list[s
 
 
 def _check_shapes(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, Any], model: Any, name: str
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    name: str,
 ) -> None:
     """Compare each up x down pair with its layer; layers of packed integers cannot be compared."""
-    weights = model.model.state_dict()
     for module, layer in layers.items():
         up = tensors.get(f"{module}.lora_up.weight")
         down = tensors.get(f"{module}.lora_down.weight")
         weight = weights.get(layer) if isinstance(layer, str) else None
-        if up is None or down is None or weight is None or not weight.is_floating_point():
+        if up is None or down is None:
+            continue
+        if min(up.ndim, down.ndim) < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"the LoRA {name!r} is damaged: the halves of its module {module!r} have shapes "
+                f"{tuple(up.shape)} and {tuple(down.shape)}. Download or export it again"
+            )
+        if weight is None or not weight.is_floating_point():
             continue
         shape = (up.shape[0], down.shape[1:].numel())
-        if f"{module}.lora_mid.weight" not in tensors and shape != (
-            weight.shape[0],
-            weight.shape[1:].numel(),
-        ):
+        wanted = (weight.shape[0], weight.shape[1:].numel())
+        if f"{module}.lora_mid.weight" not in tensors and shape != wanted:
             raise ValueError(
                 f"the LoRA {name!r} does not fit this model: its module {module!r} is made for a "
-                f"layer of {shape[0]} x {shape[1]}, the model's is {weight.shape[0]} x "
-                f"{weight.shape[1:].numel()}. It was made for another architecture: load the kind "
-                "of model it was trained on, or choose another LoRA"
+                f"layer of {shape[0]} x {shape[1]}, the model's is {wanted[0]} x {wanted[1]}. It "
+                "was made for another architecture: load the kind of model it was trained on, or "
+                "choose another LoRA"
             )
 
 
 def report(
-    applied: Applied, recipe: Recipe | None, model_sampling: Any, strength: float, name: str
+    applied: Applied, disagreements: Sequence[str], recipe: str, strength: float, name: str
 ) -> str:
-    """What happened, for people; also written to the log, as warnings where something is amiss."""
-    total, num_missing = len(applied.modules), len(applied.missing)
-    lines = [f"{name}: {total - num_missing} of {total} modules applied at strength {strength:g}."]
-    warnings = _disagreements(recipe, model_sampling)
-    if num_missing:
-        listed = ", ".join(applied.missing[:5]) + (", ..." if num_missing > 5 else "")
-        warnings.insert(0, f"Not applied: {num_missing} modules that this model lacks: {listed}.")
-    for line in lines:
-        logging.info("DMD2: %s", line)
+    """What happened, for people; also written to the log, as warnings where something is amiss.
+
+    `recipe`: what is known of the sampling, in words.
+    """
+    left = len(applied.missing) + len(applied.without_clip)
+    total = len(applied.modules)
+    done = f"{name}: {total - left} of {total} modules applied at strength {strength:g}."
+    warnings = list(disagreements)
+    for modules, reason in (
+        (applied.without_clip, "for the text encoders: connect clip"),
+        (applied.missing, "that this model lacks"),
+    ):
+        if modules:
+            listed = ", ".join(modules[:5]) + (", ..." if len(modules) > 5 else "")
+            warnings.insert(0, f"Not applied: {len(modules)} modules {reason}: {listed}.")
+    logging.info("DMD2: %s", done)
     for line in warnings:
         logging.warning("DMD2: %s: %s", name, line)
-    return "\n".join([*lines, *warnings, settings.describe(recipe)])
-
-
-def _disagreements(recipe: Recipe | None, model_sampling: Any) -> list[str]:
-    """Where the model is not what the LoRA was trained on."""
-    if recipe is None:
-        return []
-    found = []
-    prediction = prediction_of(model_sampling)
-    if prediction is not None and prediction != recipe.prediction:
-        found.append(
-            f"The LoRA was trained on a model with {recipe.prediction} prediction, this one uses "
-            f"{prediction}: load the model it was made for."
-        )
-    has_zero_snr = float(getattr(model_sampling, "sigma_max", 0.0)) > ZERO_SNR_SIGMA
-    if has_zero_snr != recipe.zero_terminal_snr:
-        trained = "with" if recipe.zero_terminal_snr else "without"
-        found.append(
-            f"The LoRA was trained {trained} zero terminal SNR, unlike this model: set zsnr "
-            "accordingly in ModelSamplingDiscrete, or load the model it was made for."
-        )
-    return found
+    return "\n".join([done, *warnings, recipe])

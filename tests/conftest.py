@@ -13,6 +13,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 
+# Processes that tests start import the libraries in a third of the time where bytecode is kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker on each core: more threads would only wait
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _exact_arithmetic() -> None:

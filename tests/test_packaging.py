@@ -109,6 +109,53 @@ def test_host_requirements_are_in_the_extra():
     assert missing <= {"torch", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 
 
+def test_the_registry_gets_the_nodes_and_nothing_that_it_bans():
+    """Its scanner refuses packs that start processes, and code that is run from text."""
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = tuple(line for line in ignored if line and not line.startswith("#"))
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    published = [name for name in listed if not name.startswith(left_out)]
+    assert {name.partition("/")[0] for name in published if "/" in name} == {
+        *("dmd2_core", "locales", "nodes", "subgraphs", "web", "workflows"),
+    }
+    assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= set(published)
+    sources = [ROOT / name for name in published if name.endswith((".py", ".js", ".mjs"))]
+    assert len(sources) > 25
+    banned = re.compile(r"\b(subprocess|os\.system|popen|pickle|eval\(|exec\(|pip install)", re.I)
+    found = [
+        (str(path), match.group())
+        for path in sources
+        if (match := banned.search(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+def test_the_page_imports_only_what_comfyui_keeps_stable():
+    """Scripts of the page: the two stable modules, and the pack's own beside them."""
+    imported = {
+        name
+        for path in (ROOT / "web").rglob("*.*js")
+        for name in re.findall(r"""from\s+['"]([^'"]+)""", path.read_text(encoding="utf-8"))
+    }
+    assert {name for name in imported if not name.startswith("./")} <= {
+        "/scripts/app.js",
+        "/scripts/api.js",
+    }
+    assert [path.name for path in (ROOT / "web").rglob("*.js")] == ["dmd2.js"]
+
+
+def test_registry_metadata():
+    """docs.comfy.org/registry/specifications: the name, the version, no `web` key beside the
+    entry point's WEB_DIRECTORY (every script would load twice)."""
+    assert "comfyui" not in PROJECT["project"]["name"].lower()
+    assert re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", PROJECT["project"]["version"])
+    comfy = PROJECT["tool"]["comfy"]
+    assert comfy["requires-comfyui"] == ">=0.3.48"
+    assert "web" not in comfy
+
+
 def test_make_help_lists_the_two_commands():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"^  make demo +\S", done.stdout, re.MULTILINE)

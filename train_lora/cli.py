@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cli_evaluate import add_evaluate
+from .cli_files import add_export, add_merge
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
 from .output import check_output_directory, run_and_iteration
@@ -89,7 +90,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
-    _add_export(commands)
+    add_export(commands)
+    add_merge(commands)
     add_evaluate(commands)
     _add_prepare(commands)
     _add_demo(commands)
@@ -141,29 +143,6 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     _add_config_sources(command)
     command.set_defaults(run=_train, takes_keys=True, parser=command)
-
-
-def _add_export(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "export",
-        help="write a LoRA file from a checkpoint, also of a training that is running",
-        allow_abbrev=False,
-    )
-    command.add_argument(
-        "source",
-        type=Path,
-        metavar="CHECKPOINT_OR_RUNDIR",
-        help="the folder of a checkpoint or of a run",
-    )
-    command.add_argument(
-        "--checkpoint",
-        metavar="WHICH",
-        help="of a run: newest (default), best (by validation.best) or an iteration such as 500",
-    )
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write"
-    )
-    command.set_defaults(run=_export, takes_keys=False, parser=command)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -274,18 +253,6 @@ def _resume(arguments: argparse.Namespace) -> int:
     from .trainer import resume
 
     print(resume(config, iteration=iteration).lora)
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out is {str(arguments.out)!r}; name a file that ends in .safetensors.")
-    if arguments.out.exists():
-        raise ValueError(f"--out is {str(arguments.out)!r}, which exists; name another file.")
-    from .export_checkpoint import export_checkpoint
-
-    for path in export_checkpoint(arguments.source, arguments.out, arguments.checkpoint):
-        print(path)
     return 0
 
 

@@ -93,12 +93,13 @@ def modelspec(
     return {f"modelspec.{key}": value for key, value in values.items()}
 
 
-def usage_hint(recipe: Recipe) -> str:
-    """How to sample, for people: steps, CFG, sampler, scheduler, strength."""
+def usage_hint(recipe: Recipe, *, merged: bool = False) -> str:
+    """How to sample, for people: steps, CFG, sampler, scheduler, and the strength of a LoRA."""
     num_steps = len(recipe.timesteps)
     evenly = recipe.timesteps == StepPlan.evenly(num_steps).timesteps
     note = " (a negative prompt does nothing)" if recipe.guidance == 1 else ""
-    words = [_count(num_steps), f"CFG {recipe.guidance:g}{note}", "sampler lcm"]
+    sampler = "sampler euler" if recipe.strength == 0 else "sampler lcm"
+    words = [_count(num_steps), f"CFG {recipe.guidance:g}{note}", sampler]
     if evenly and recipe.conditioning_timestep is None:
         words.append("scheduler simple")
     else:
@@ -108,7 +109,8 @@ def usage_hint(recipe: Recipe) -> str:
             f"the network must be told timestep {recipe.conditioning_timestep:g} at the first step "
             "(ComfyUI: DMD2 Conditioning Timestep)"
         )
-    words.append("LoRA strength 1")
+    if not merged:
+        words.append("LoRA strength 1")
     if recipe.prediction == "v":
         snr = " with zero terminal SNR" if recipe.zero_terminal_snr else ""
         words.append(f"the base model predicts v{snr}")

@@ -129,7 +129,8 @@ def check_rendering(request: RenderRequest, out: Path) -> None:
         if there.get(name) != value:
             raise ValueError(
                 f"--out {str(out)!r} holds pictures of other settings ({name}: "
-                f"{there.get(name)!r}, now {value!r}); name another folder, or give the same settings to go on."
+                f"{there.get(name)!r}, now {value!r}); name another folder, or "
+                "give the same settings to go on."
             )
 
 

@@ -49,6 +49,7 @@ class ComfyServer:
     """ComfyUI's base directory: models/, custom_nodes/, output/."""
     custom_nodes: tuple[str, ...]
     port: int = 0
+    """0: a free one, chosen at the start."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -59,9 +60,10 @@ class ComfyServer:
         return self.log_file.read_text(errors="replace")
 
     def start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        if self.port == 0:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
         command = [sys.executable, "main.py", *FLAGS, "--listen", "127.0.0.1"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--whitelist-custom-nodes", *self.custom_nodes]
@@ -82,6 +84,11 @@ class ComfyServer:
                 time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"ComfyUI did not start; its log ends with\n{self.log()[-4000:]}")
+
+    def wait(self) -> None:
+        """Until the server ends by itself."""
+        assert self.process is not None
+        self.process.wait()
 
     def stop(self) -> None:
         """End the server by its own process id."""
@@ -105,7 +112,8 @@ class ComfyServer:
         return json.loads(self.get_bytes(path, **query))
 
     def post(self, path: str, body: Any) -> Any:
-        """The answer's JSON; RuntimeError with ComfyUI's explanation if it refuses."""
+        """The answer's JSON (None for an empty one); RuntimeError with ComfyUI's explanation if
+        it refuses."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(body).encode(),
@@ -113,7 +121,7 @@ class ComfyServer:
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
-                return json.loads(response.read())
+                return json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code} {error.read().decode()}") from None
 

@@ -14,13 +14,14 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 PACK = "dmd2_pack"
 """Name under which these tests import the node pack: like ComfyUI, never as `nodes`."""
 sys.path.insert(0, str(HERE))
 
+import base_folder  # noqa: E402
 import comfy_host  # noqa: E402
 import comfy_server  # noqa: E402
+import model_files  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +48,9 @@ def pack(comfyui: Path) -> Callable[[str], ModuleType]:
     modules with names such as `nodes`, `utils` and `tests`.
     """
     spec = importlib.util.spec_from_file_location(
-        PACK, REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+        PACK,
+        base_folder.REPOSITORY / "__init__.py",
+        submodule_search_locations=[str(base_folder.REPOSITORY)],
     )
     assert spec is not None
     assert spec.loader is not None
@@ -74,12 +77,16 @@ def server(
 ) -> Iterator[comfy_server.ComfyServer]:
     """One running ComfyUI with the pack installed, for all tests; ended by its own pid."""
     base = tmp_path_factory.mktemp("comfyui")
-    custom_nodes = {"dmd2": REPOSITORY, "tiny_sdxl": HERE / "tiny_sdxl_node"}
-    for folder in ("custom_nodes", "models/checkpoints", "models/loras"):
-        (base / folder).mkdir(parents=True)
-    for name, target in custom_nodes.items():
-        (base / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
-    running = comfy_server.ComfyServer(comfyui=comfyui, base=base, custom_nodes=tuple(custom_nodes))
+    base_folder.make_base(base)
+    running = comfy_server.ComfyServer(
+        comfyui=comfyui, base=base, custom_nodes=tuple(base_folder.CUSTOM_NODES)
+    )
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def model(server: comfy_server.ComfyServer) -> model_files.TinyModel:
+    """The tiny model in diffusers; its files lie where the server finds them."""
+    return model_files.build(server.base / "models")

@@ -10,10 +10,13 @@ from comfy_server import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOW_FILE = REPOSITORY / "workflows" / "dmd2_4step.json"
-CHECKPOINT, LORA = "sd_xl_base_1.0.safetensors", "dmd2_sdxl_4step.safetensors"
-"""The names in the shipped workflow; the tests store the tiny model's files under them."""
+CHECKPOINT = "sd_xl_base_1.0.safetensors"
+LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
+"""The names in the shipped workflows; the tests store the tiny model's files under them."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOT_EXECUTED = ("Note", "MarkdownNote", "Reroute")
+SEEDS = ("seed", "noise_seed")
+"""The page adds "control after generate" to integers of these names unless the node says no."""
 SEED_CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -31,7 +34,7 @@ def api_format(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
         }
         values = iter(node.get("widgets_values", []))
         inputs: dict[str, Any] = {}
-        for name, control in _widgets(object_info[node["type"]]):
+        for name, control in widgets_of(object_info[node["type"]]):
             inputs[name] = next(values)
             if control:
                 assert next(values) in SEED_CONTROLS, node
@@ -40,7 +43,7 @@ def api_format(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
+def widgets_of(info: dict[str, Any]) -> list[tuple[str, bool]]:
     """A node's widgets in order, and whether "control after generate" follows one."""
     widgets = []
     for kind in ("required", "optional"):
@@ -48,7 +51,8 @@ def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
             settings = options[0] if options else {}
             is_widget = isinstance(type_, list) or type_ in WIDGETS
             if is_widget and not settings.get("forceInput"):
-                widgets.append((name, bool(settings.get("control_after_generate"))))
+                control = settings.get("control_after_generate")
+                widgets.append((name, name in SEEDS if control is None else bool(control)))
     return widgets
 
 
@@ -98,17 +102,18 @@ def sampling_graph(
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     model, recipe = checkpoint[0], {}
     if lora is not None:
-        loader = graph.add("DMD2_LoadLoRA", model=model, lora_name=lora, strength=1.0)
-        model, recipe = loader[0], {"recipe": loader[1]}
-        names["report"] = graph.add("PreviewAny", source=loader[2]).name
+        loading = {"strength": 1.0, "family": "from the file"}
+        loader = graph.add("DMD2_LoadLoRA", model=model, lora_name=lora, **loading)
+        model, recipe = loader[0], {"recipe": loader[2]}
+        names["report"] = graph.add("PreviewAny", source=loader[3]).name
     if one_step is not None:
         patch = graph.add("DMD2_ConditioningTimestep", model=model, timestep=one_step, **recipe)
         model = patch[0]
     num_steps = 1 if one_step is not None else 4
     if stock is None:
-        widgets = {"steps": 0, "timesteps": "", "start_step": 0}
+        widgets = {"steps": 0, "timesteps": "", "denoise": 1.0}
         sigmas = graph.add("DMD2_Scheduler", model=model, **recipe, **widgets | (scheduler or {}))
-        widgets = {"strength": 1.0, "seed_offset": 0, "noise": "per image"}
+        widgets = {"strength": 1.0, "strengths": "", "noise_seed": -1, "noise": "per image"}
         solver = graph.add("DMD2_Sampler", **recipe, **widgets | (sampler or {}))
     else:
         sigmas = graph.add(

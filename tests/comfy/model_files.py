@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ WIDE_LORA, FOREIGN_LORA = "wide.safetensors", "foreign.safetensors"
 DAMAGED_LORA, PARTIAL_LORA = "damaged.safetensors", "partial.safetensors"
 V_LORA, DIFFUSERS_LORA = "v_prediction.safetensors", "diffusers_names.safetensors"
 NUM_UNKNOWN = 2
+_HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256, 32)
+_BLOCK_WIDTHS = (32, 32, 32, 64, 64, 96)
+"""Channels after each of the tiny UNet's input blocks."""
+OTHER_STEPS_LORA = "other_steps.safetensors"
+CONTROLNET = "control.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +76,13 @@ def build(models: Path) -> TinyModel:
     export_lora(student, STUDENT, loras / LORA, recipe)
     one_step = Recipe(timesteps=(999,), conditioning_timestep=399)
     export_lora(student, STUDENT, loras / ONE_STEP_LORA, one_step)
+    other = Recipe(timesteps=(999, 620, 180), strength=(0.8, 0.3))
+    export_lora(student, STUDENT, loras / OTHER_STEPS_LORA, other)
     zero_snr = Recipe(timesteps=(999, 499), prediction="v", zero_terminal_snr=True)
     export_lora(student, STUDENT, loras / V_LORA, zero_snr)
     _write_with_diffusers_names(student, loras / DIFFUSERS_LORA)
     _write_variants(loras)
+    write_controlnet(models / "checkpoints" / CHECKPOINT, models / "controlnet" / CONTROLNET)
     modules = len(student.modules_with_adapter)
     return TinyModel(components=components, student=student, num_modules=modules)
 
@@ -109,3 +118,32 @@ def _write_variants(loras: Path) -> None:
         for end, shape in ends.items()
     }
     save_file(foreign, loras / FOREIGN_LORA)
+
+
+def write_controlnet(checkpoint: Path, path: Path) -> None:
+    """A ControlNet in its original form: the UNet's first half, arbitrary hint and output layers.
+
+    The hint network has the widths of every ControlNet for an image of 8 times the latent's size.
+    """
+    prefix = "model.diffusion_model."
+    unet = {
+        key.removeprefix(prefix): weight
+        for key, weight in load_file(checkpoint).items()
+        if key.startswith(prefix)
+    }
+    kept = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
+    tensors = {key: weight for key, weight in unet.items() if key.startswith(kept)}
+    generator = torch.Generator().manual_seed(3)
+    layers = {
+        f"input_hint_block.{2 * index}": (after, before, 3)
+        for index, (before, after) in enumerate(itertools.pairwise(_HINT_WIDTHS))
+    }
+    layers |= {
+        f"zero_convs.{index}.0": (width, width, 1) for index, width in enumerate(_BLOCK_WIDTHS)
+    }
+    layers["middle_block_out.0"] = (_BLOCK_WIDTHS[-1], _BLOCK_WIDTHS[-1], 1)
+    for name, (after, before, side) in layers.items():
+        shape = (after, before, side, side)
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / (before * side**2)
+        tensors[f"{name}.bias"] = torch.zeros(after)
+    save_file(tensors, path)

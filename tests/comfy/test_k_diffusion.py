@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,11 +51,21 @@ class Model:
         self.sampling = sampling
         self.told: list[int] = []
 
-    def __call__(self, x: Tensor, sigma: Tensor, *, seed: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        seed: int | None = None,
+        model_options: dict[str, Any] | None = None,
+    ) -> Tensor:
         t = self.sampling.timestep(sigma)
         self.told.append(int(t[0]))
         output = network(self.sampling.calculate_input(sigma, x), t)
-        return self.sampling.calculate_denoised(sigma, output, x)
+        x0 = self.sampling.calculate_denoised(sigma, output, x)
+        for look in (model_options or {}).get("sampler_post_cfg_function", ()):
+            x0 = look({"denoised": x0, "uncond_denoised": x0})  # CFG++ samplers ask for these
+        return x0
 
 
 def start(sampling: Any, sigmas: Tensor, eps: Tensor) -> Tensor:
@@ -98,7 +109,8 @@ def test_one_step_at_the_conditioning_timestep_is_the_formula(adapter, core, kin
     sampling = model_sampling(adapter, kind)
     before = sampling.sigmas.clone()
     cut = adapter.truncated(sampling, 399)
-    assert type(cut) is type(sampling)
+    assert isinstance(cut, type(sampling))
+    assert type(cut).__name__ == type(sampling).__name__
     assert torch.equal(sampling.sigmas, before)
     assert torch.equal(cut.sigmas, before[:400])
     assert adapter.conditioning_timestep_of(cut) == 399
@@ -172,7 +184,7 @@ def test_fresh_noise_does_not_depend_on_the_batch(adapter, core, eps):
     torch.testing.assert_close(samples[0], samples[1][:1], rtol=0, atol=1e-6)
 
 
-def test_seed_offset_and_seed_add_up(adapter, eps):
+def test_the_noise_has_a_seed_of_its_own(adapter, eps):
     draws = [adapter.noise_for(eps, seed, "per image")(1, eps) for seed in (8, 8, 9)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -180,10 +192,10 @@ def test_seed_offset_and_seed_add_up(adapter, eps):
     sigmas = sampling.sigmas[[999, 499]]
     sigmas = torch.cat([sigmas, torch.zeros(1)])
     by_seed = adapter.sample_dmd2(Model(sampling), eps, sigmas, {"seed": 9}, disable=True)
-    by_offset = adapter.sample_dmd2(
-        Model(sampling), eps, sigmas, {"seed": 2**64 - 1}, disable=True, seed_offset=10
+    by_own_seed = adapter.sample_dmd2(
+        Model(sampling), eps, sigmas, {"seed": 5}, disable=True, seed=9
     )
-    torch.testing.assert_close(by_seed, by_offset, rtol=0, atol=0)
+    torch.testing.assert_close(by_seed, by_own_seed, rtol=0, atol=0)
 
 
 def test_a_split_schedule_stops_at_its_last_sigma(adapter, core, eps):
@@ -269,3 +281,79 @@ def test_impossible_conditioning_timesteps_are_refused(adapter, core):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_prediction_is_recognised(adapter, kind):
     assert adapter.prediction_of(model_sampling(adapter, kind)) == kind.split()[0]
+
+
+IN_BETWEEN = {"dpm_2", "dpm_fast", "dpm_adaptive", "dpmpp_sde", "dpmpp_sde_gpu", "seeds_2"} | {
+    "seeds_3"
+}
+"""Samplers that also ask the network between two steps, as the help page says."""
+
+
+@pytest.mark.filterwarnings("ignore")  # ComfyUI's own
+def test_which_stock_samplers_keep_to_the_trained_timesteps(adapter, core, pack, eps):
+    samplers = pack("nodes.sampler").KSAMPLER.__module__
+    samplers = sys.modules[samplers]
+    sampling = model_sampling(adapter, "epsilon")
+    sigmas = adapter.sigmas_of(core.StepPlan.evenly(4), sampling)
+    leaving = set()
+    for name in samplers.SAMPLER_NAMES:
+        model, sampler = Model(sampling), samplers.sampler_object(name)
+        arguments = ({"seed": 1, "model_options": {}}, None, True)
+        noise = start(sampling, sigmas, eps)
+        out = sampler.sampler_function(
+            model, noise, sigmas.clone(), *arguments, **sampler.extra_options
+        )
+        assert out.isfinite().all(), name
+        if set(model.told) != {999, 749, 499, 249}:
+            leaving.add(name)
+    assert leaving == IN_BETWEEN
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((999, 666, 333, 0, None), (999, 749, 499, 249, None)),
+        ((799, 599, 399, 199, None), (749, 499, 249, None)),
+        ((980, 500), (999, 749, 499)),  # the first of two passes
+        ((500, 260, None), (499, 249, None)),  # the second
+        ((999, 990), (999,)),  # a pass too short for a step
+        ((12, None), (249, None)),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_is_moved_to_the_trained_timesteps(adapter, core, kind, given, expected):
+    """`None`: noise level 0."""
+    sampling = model_sampling(adapter, kind)
+
+    def levels(steps):
+        return torch.stack([torch.tensor(0.0) if t is None else sampling.sigmas[t] for t in steps])
+
+    trained = adapter.sigmas_of(core.StepPlan.evenly(4), sampling)
+    assert torch.equal(adapter.moved_to(trained, levels(given), sampling), levels(expected))
+    assert adapter.moved_to(trained, torch.zeros(0), sampling).numel() == 0
+
+
+def test_a_recipe_is_found_where_it_is(pack, core):
+    recipes = pack("nodes.recipes")
+
+    def model(**attached):
+        return SimpleNamespace(get_attachment=attached.get)
+
+    one, other = core.Recipe(timesteps=(999,)), core.Recipe(timesteps=(999, 499))
+    assert recipes.recipe_for(model(), None) is None
+    assert recipes.recipe_for(SimpleNamespace(), None) is None  # a host without attachments
+    metadata = other.to_metadata()
+    assert recipes.recipe_for(model(lora_metadata=metadata), None) == other
+    assert recipes.recipe_for(model(lora_metadata=metadata, dmd2_recipe=one), None) is one
+    assert recipes.recipe_for(model(dmd2_recipe=one), other) is other
+    assert recipes.recipe_for(model(lora_metadata={"ss_seed": "1"}), None) is None
+    assert recipes.recipe_for(model(lora_metadata="odd", dmd2_recipe="odd"), None) is None
+
+
+def test_a_cut_schedule_still_counts_as_zero_snr(adapter):
+    sampling = model_sampling(adapter, "v with zero terminal SNR")
+    assert adapter.has_zero_snr(sampling)
+    cut = adapter.truncated(sampling, 399)
+    assert adapter.has_zero_snr(cut)
+    assert adapter.has_zero_snr(adapter.truncated(cut, 249))
+    assert not adapter.has_zero_snr(model_sampling(adapter, "v"))

@@ -22,7 +22,7 @@ def recipe(pack: Pack) -> Callable[..., Any]:
 
 
 def plan(settings: ModuleType, **changed: Any) -> Any:
-    widgets = {"recipe": None, "steps": 0, "timesteps": "", "start_step": 0}
+    widgets = {"recipe": None, "steps": 0, "timesteps": "", "denoise": 1.0}
     return settings.step_plan(**widgets | {"conditioning_timestep": None} | changed)
 
 
@@ -57,13 +57,53 @@ def test_a_recipe_decides_until_a_widget_is_changed(settings, recipe):
     assert plan(settings, recipe=six).timesteps == six.timesteps
     assert plan(settings, recipe=six, steps=2).timesteps == (999, 499)
     assert plan(settings, recipe=six, timesteps="999 10").timesteps == (999, 10)
-    assert settings.noise_strength(six, 1.0) == 0.5
-    assert settings.noise_strength(six, 0.8) == 0.8
-    assert settings.noise_strength(None, 1.0) == 1.0
+    assert settings.noise_strength(1.0, "") is None
+    assert settings.noise_strength(0.8, "") == 0.8
+    assert settings.noise_strength(1.0, "1, .5 0") == (1.0, 0.5, 0.0)
 
 
-def test_starting_later_leaves_the_first_steps_out(settings):
-    assert plan(settings, start_step=2).active == (499, 249)
+@pytest.mark.parametrize(
+    ("denoise", "steps"),
+    [
+        (1.0, (999, 749, 499, 249)),
+        (0.9, (999, 749, 499, 249)),
+        (0.87, (749, 499, 249)),
+        (0.75, (749, 499, 249)),
+        (0.6, (499, 249)),
+        (0.3, (249,)),
+        (0.01, (249,)),
+    ],
+)
+def test_denoise_snaps_to_the_nearest_trained_step(settings, denoise, steps):
+    found = plan(settings, denoise=denoise)
+    assert found.active == steps
+    said = settings.describe_plan(found, denoise)
+    assert ", ".join(map(str, steps)) in said
+    amount = (steps[0] + 1) / 1000
+    snapped = f"Denoise {denoise:g} starts at the trained timestep {steps[0]} ({amount:g})."
+    assert (snapped in said) == (denoise < 1)
+
+
+def test_a_plan_is_described_in_words(settings):
+    assert settings.describe_plan(plan(settings), 1.0) == "4 steps: 999, 749, 499, 249."
+    one = plan(settings, steps=1, conditioning_timestep=399)
+    assert settings.describe_plan(one, 1.0) == (
+        "1 step: 999. The network is told 399 at the first."
+    )
+    assert settings.describe_plan(plan(settings, denoise=0.5), 0.5) == (
+        "Steps 3 to 4 of 4: 499, 249. Denoise 0.5 starts at the trained timestep 499 (0.5)."
+    )
+
+
+@pytest.mark.parametrize("text", ["half", "1 2", "0.5,,x", "-1", "1e-1", "nan"])
+def test_other_strengths_are_refused(settings, text):
+    with pytest.raises(ValueError, match="which is not a number from 0 to 1"):
+        settings.noise_strength(1.0, text)
+
+
+def test_two_kinds_of_strength_contradict_each_other(settings):
+    with pytest.raises(ValueError, match=r"strength is 0\.5 but strengths lists 2"):
+        settings.noise_strength(0.5, "1 0")
 
 
 @pytest.mark.parametrize(
@@ -74,8 +114,9 @@ def test_starting_later_leaves_the_first_steps_out(settings):
         ({"timesteps": "1000, 500"}, "timesteps has 1000, outside the integers 0..999"),
         ({"timesteps": "500, -1"}, "timesteps has -1, outside the integers 0..999"),
         ({"timesteps": "999, 499", "steps": 4}, "steps is 4 but timesteps lists 2"),
-        ({"start_step": 4}, "start is 4 but the plan has 4 steps"),
-        ({"start_step": 1, "conditioning_timestep": 399}, "belongs to pure noise"),
+        ({"denoise": 1.5}, "denoise is 1.5: choose"),
+        ({"denoise": -0.1}, "denoise is -0.1: choose"),
+        ({"denoise": 0.5, "conditioning_timestep": 399}, "always starts from pure noise"),
     ],
 )
 def test_impossible_plans_are_refused(settings, widgets, message):

@@ -1,14 +1,10 @@
-"""Full weights trained by `small_trainer`, as one of two processes; started by test_sharding.py.
-
-Leaves a run in FOLDER/run, and what this process has seen in FOLDER/RANK.json.
-"""
+"""The work of one of two processes in test_sharding.py: training of full weights."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -100,6 +96,7 @@ def refusal(**changes: str) -> str:
 
 
 def main(folder: Path) -> None:
+    """Leaves a run in `folder`/run, and what this process has seen in `folder`/RANK.json."""
     trainer = full_trainer(folder, 1, 2)
     rank = trainer.accelerator.process_index
     parameters = trainer.distiller.unet.parameters_of("student")
@@ -134,7 +131,3 @@ def main(folder: Path) -> None:
     result["skipped"] = trainer.critic.num_skipped
     result["changed_by_skipped"] = different(before, own_state(trainer))
     (folder / f"{rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -22,7 +22,7 @@ from .tiny import random_components
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-SMALL = {"student.rank": "4", "critic.rank": "4", "batch_size": "2"}
+SMALL = {"student.rank": "4", "critic.rank": "4", "batch_size": "1"}
 ONE = {"gradient_accumulation_steps": "1"}
 
 
@@ -38,7 +38,7 @@ def test_the_command_runs_the_trainer_and_prints_a_table(
     argv = ["--preset", "sdxl-4step-16gb", "--model", "tiny", "--repeat", "1", *options]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("tiny, 128 px, batch 2 x 1, rank 4, adamw, base fp32")
+    assert lines[0].startswith("tiny, 128 px, batch 1 x 1, rank 4, adamw, base fp32")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
     assert [row[0] for row in rows] == [
         "after loading",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.train import watch_worker
+from tests.train.launching import finish
 from train_lora.monitor import Monitor
 from train_lora.trackers import WANDB_ID, check_trackers
 from train_lora.validate import ValidationResult
@@ -172,38 +173,13 @@ def test_wandb_is_not_imported_unless_chosen(tmp_path: Path) -> None:
     assert "wandb" not in sys.modules
 
 
-OFFLINE_RUN = """
-import sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator
-from PIL import Image
-from train_lora.config_load import load
-from train_lora.monitor import Monitor
-from train_lora.validate import ValidationResult
-
-run, first = sys.argv[1], int(sys.argv[2])
-config = load(preset="demo", overrides=[
-    ("output.directory", run), ("logging.trackers", "wandb"), ("logging.every", "1"),
-]).config
-with Monitor(config, Accelerator(cpu=True), first_iteration=first) as monitor:
-    for done in range(first + 1, first + 3):
-        monitor.note(done, {"loss/critic": torch.tensor(float(done))}, seconds=1.0)
-    picture = Image.new("RGB", (8, 8))
-    monitor.validated(first + 2, ValidationResult(figures={}, pictures={"samples": picture}))
-"""
-
-
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_offline_keeps_the_run_in_its_folder_and_resumes_under_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     for first in (0, 2):
-        command = [sys.executable, "-c", OFFLINE_RUN, str(run), str(first)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        finish(watch_worker.record, run, first, environment={"WANDB_MODE": "offline"})
     name = (run / WANDB_ID).read_text().strip()
     assert len(name) == 12
     kept = sorted((run / "wandb").glob(f"offline-run-*-{name}"))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests.train.launching import finish
+from train_lora.cli import main
 from train_lora.models.safetensors_io import read_safetensors
 
 from .picture_files import captioned_folder
@@ -17,15 +16,12 @@ from .picture_files import captioned_folder
 
 def prepare(tmp_path: Path, cache: str, num_processes: int) -> Path:
     folder = tmp_path / cache
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command = [*launch, str(num_processes), "-m", "train_lora.cli", "prepare", "--preset", "demo"]
+    command = ["prepare", "--preset", "demo", "--data.cache", str(folder)]
     command += ["--data.prompts", str(tmp_path / "prompts.txt")]
-    command += ["--data.real_images", str(tmp_path / "photos"), "--data.cache", str(folder)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command += ["--data.real_images", str(tmp_path / "photos")]
+    printed = finish(main, command, processes=num_processes)
     # Twice would mean two processes that each think they are alone.
-    assert done.stdout.count("pictures: ") == done.stdout.count("report.json") == 1
+    assert printed.count("pictures: ") == printed.count("report.json") == 1
     return folder
 
 

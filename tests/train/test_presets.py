@@ -1,23 +1,15 @@
-"""The presets: what they say, that they resolve, and that each of them trains."""
+"""The presets: what they say and that they resolve; test_every_option.py trains each of them."""
 
 from __future__ import annotations
 
 import tomllib
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import torch
-from accelerate import Accelerator
 
 from train_lora import cli
 from train_lora.config import Config
 from train_lora.config_load import PRESETS, load, presets, value_of
 from train_lora.sampling import step_plan
-from train_lora.trainer import Trainer, build_trainer
-
-from .tiny import random_components, small_data, weights
-from .tiny_sd15 import random_sd15, sd15_data
 
 PATHS = {
     "model.path": "model.safetensors",
@@ -88,45 +80,3 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(presets())
     assert "sdxl-4step-12gb   SDXL in 4 steps on one GPU of 12 GB" in "\n".join(lines)
-
-
-def small_trainer(name: str, directory: Path) -> Trainer:
-    """The preset at full strength but for sizes: ranks, batch, pictures and where things are."""
-    sizes = {
-        "student__rank": 4,
-        "critic__rank": 4,
-        "training__batch_size": 2,
-        "training__gradient_accumulation_steps": 2,
-        "validation__every": 0,
-        "output__directory": directory,
-    }
-    if name.startswith("sd15"):
-        components, data = random_sd15(), sd15_data()
-        config = resolved(name, **sizes, data__resolution_px=256)
-    else:
-        components, data = random_components(), small_data()
-        config = resolved(name, **sizes, data__resolution_px=128)
-    accelerator = Accelerator(cpu=True, mixed_precision=config.training.mixed_precision)
-    return build_trainer(config, components, data, accelerator)
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("name", NAMES)
-def test_each_trains(name: str, tmp_path: Path) -> None:
-    """Its first iteration, and the two around the first update of the student's that follows."""
-    if name.endswith("12gb") and find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    trainer = small_trainer(name, tmp_path)
-    critic = trainer.config.critic
-    first = critic.warmup_iterations
-    for iteration in (0, first + critic.updates_per_generator, first + 1):
-        before = weights(trainer, "student"), weights(trainer, "critic")
-        figures = trainer.iterate(iteration)
-        after = weights(trainer, "student"), weights(trainer, "critic")
-        updates = iteration >= first and (iteration - first) % critic.updates_per_generator == 0
-        assert torch.equal(before[0], after[0]) != updates
-        assert not torch.equal(before[1], after[1])
-        assert all(value.isfinite() for value in figures.values())
-        assert {"loss/critic", "loss/gan_critic"} <= set(figures)
-        assert ("loss/matching" in figures) == ("loss/gan_generator" in figures) == updates
-    assert trainer.student.num_skipped == trainer.critic.num_skipped == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -16,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train import sharding_worker
+from tests.train.hasty import main
+from tests.train.launching import TORCHRUN, finish, launched
+from tests.train.sharding_worker import draw, full_trainer, iterate
 from train_lora.checkpoint import read_state, restore
 from train_lora.sharding import clip_gradients
-
-from .launching import LAUNCHER, PAIR, PATIENCE_SECONDS, finish, started, wait_for, workers_of
-from .sharding_worker import draw, full_trainer, iterate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -38,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes, two micro-batches of 1 in each."""
     folder = tmp_path_factory.mktemp("pair")
-    finish([*LAUNCHER, "-m", "tests.train.sharding_worker", str(folder)])
+    finish(sharding_worker.main, folder, processes=2)
     return folder
 
 
@@ -147,11 +147,10 @@ def test_gradients_are_clipped_as_torch_does() -> None:
 
 
 def host(number: int, port: int) -> list[str]:
-    """torchrun as on one of two hosts, which meet as docs/runs.md says."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    launcher += ["--nproc_per_node", "1", "--node_rank", str(number)]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return [*launcher, "-m", "train_lora.cli"]
+    """Of torchrun on one of two hosts, which meet as docs/runs.md says."""
+    place = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)]
+    place += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [*place, "-m", "tests.train.hasty"]
 
 
 def free_port() -> int:
@@ -183,12 +182,11 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["train", "--preset", "demo", "--ablate", "no-gan", *arguments]
     port = free_port()
     with (
-        started([*host(0, port), *command]) as first,
-        started([*host(1, port), *command]) as second,
+        launched(TORCHRUN, [*host(0, port), *command]) as first,
+        launched(TORCHRUN, [*host(1, port), *command]) as second,
     ):
-        for process in (first, second):
-            _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-            assert process.returncode == 0, errors[-4000:]
+        for launch in (first, second):
+            assert launch.wait() == [0], launch.printed("err")[-4000:]
     return folder / "run"
 
 
@@ -207,17 +205,17 @@ def test_a_lost_process_is_told_and_the_rest_goes_on_to_the_same_files(
     shutil.rmtree(run / "checkpoints" / "000004")
     for name in ("lora.safetensors", "student.safetensors"):
         (run / name).unlink()
-    resume = [*PAIR, "train", "--resume", str(run)]
-    with started([*resume, "--iterations", "100000"]) as process:
-        wait_for(run / "checkpoints" / "000004", process)
-        os.kill(workers_of(process)[1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode != 0
+    argv = ["train", "--resume", str(run), "--iterations"]
+    with launched(main, [*argv, "100000"], processes=2) as launch:
+        launch.wait_for(run / "checkpoints" / "000004")
+        launch.processes[1].kill()
+        assert launch.wait() == [2, -signal.SIGKILL]
+        errors = launch.printed("err")
         assert "dmd2: error: Process 0 lost the other processes of this run" in errors
-        assert "Traceback" not in errors.partition("dmd2: error")[0]
+        assert "Traceback" not in errors
     for path in (run / "checkpoints").iterdir():  # back to 2 iterations
         if path.name != "000002":
             shutil.rmtree(path)
-    finish([*resume, "--iterations", "4"])
+    finish(main, [*argv, "4"], processes=2)
     for name in ("lora.safetensors", "student.safetensors"):
         assert (run / name).read_bytes() == (two_hosts / name).read_bytes(), name

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+from tests.train import watch_worker
+from tests.train.launching import finish
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo, as in test_processes.py")
 
 
 def test_records_and_validation_of_two_processes(tmp_path: Path) -> None:
-    command = [*LAUNCHER, "-m", "tests.train.watch_worker", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    finish(watch_worker.main, tmp_path, processes=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["processes"] == second["processes"] == 2
     # 1, 3, 8 in one process; 2, 4 and one that is not a number in the other.

@@ -1,22 +1,23 @@
-"""One of two processes, started by test_watch_processes.py: records and validation of both.
-
-Writes RANK.json into the folder given as the only argument.
-"""
+"""What processes of their own record: test_watch_processes.py, test_monitor.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from tests.train.tiny import small_trainer, weights
 from train_lora import validate
+from train_lora.config_load import load
 from train_lora.loop import Trainer
 from train_lora.models.roles import STUDENT
+from train_lora.monitor import Monitor
 from train_lora.panels import panel_rows
+from train_lora.validate import ValidationResult
 from train_lora.window import FigureWindow
 
 
@@ -39,6 +40,7 @@ def drawn_alone(trainer: Trainer) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def main(folder: Path) -> None:
+    """Leaves a run in `folder`/run, and what this process has seen in `folder`/RANK.json."""
     validate.TEACHER_STEPS, validate.rows_at_once = 2, lambda *_: 2
     trainer = small_trainer(
         folder / "run",
@@ -74,5 +76,12 @@ def main(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def record(run: Path, first: int) -> None:
+    """Two iterations and a picture for W&B, of a run that goes on after `first` iterations."""
+    overrides = [("output.directory", str(run)), ("logging.every", "1")]
+    config = load(preset="demo", overrides=[*overrides, ("logging.trackers", "wandb")]).config
+    with Monitor(config, Accelerator(cpu=True), first_iteration=first) as monitor:
+        for done in range(first + 1, first + 3):
+            monitor.note(done, {"loss/critic": torch.tensor(float(done))}, seconds=1.0)
+        pictures = {"samples": Image.new("RGB", (8, 8))}
+        monitor.validated(first + 2, ValidationResult(figures={}, pictures=pictures))

@@ -42,7 +42,7 @@ def infer_configs(shapes: Shapes, kind: Kind, resolution_px: int) -> dict[str, d
     model_channels = shapes[UNET_PREFIX + "input_blocks.0.0.weight"][0]
     width = head_width(model_channels)
     unet_shapes = _below(shapes, UNET_PREFIX)
-    unet = _unet(unet_shapes)
+    unet = infer_unet(unet_shapes)
     vae = _vae(_below(shapes, VAE_PREFIX))
     pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
     unet["sample_size"], vae["sample_size"] = resolution_px // pixels_per_latent, resolution_px
@@ -62,8 +62,11 @@ def infer_configs(shapes: Shapes, kind: Kind, resolution_px: int) -> dict[str, d
     }
 
 
-def _unet(shapes: Shapes) -> dict[str, Any]:
-    """A level is the stages up to the next downsampling: (channels, transformer blocks) each."""
+def infer_unet(shapes: Shapes) -> dict[str, Any]:
+    """The config of the UNet with these tensors, named without a prefix.
+
+    A level is the stages up to the next downsampling: (channels, transformer blocks) each.
+    """
     levels: list[list[tuple[int, int]]] = [[]]
     for stage in range(1, _count(shapes, "input_blocks.")):
         if f"input_blocks.{stage}.0.op.weight" in shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -67,9 +67,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Write the file whole or not at all; equal content gives equal bytes. Replaces `path`.
+
+    `change(name, tensor)` gives what is written instead, of the same shape and dtype: one at a
+    time, so that a mapped file larger than the memory can be rewritten.
 
     OSError with the path where the system refuses, for one when the disk is full.
     """
@@ -93,7 +100,9 @@ def write_safetensors(
         with writing(path), partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                file.write(tensor_bytes(tensors[name]))
+                tensor = tensors[name] if change is None else change(name, tensors[name])
+                assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
+                file.write(tensor_bytes(tensor))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -2,21 +2,58 @@
 
 It appends a subclass of ComfyUI's own SDXL to the models that it recognises, with the tiny text
 encoders' sizes, gives the narrow VAE the explicit config that ComfyUI cannot guess, and both the
-fewer norm groups of narrow networks.
+fewer norm groups of narrow networks. Two nodes tell the tests what the network was really asked.
 """
 
+import json
 from functools import wraps
 
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy.supported_models_base import ClipTarget
 
 WIDTH_L, WIDTH_G, NUM_LAYERS = 32, 64, 3
 VAE_WIDTH, VAE_MULTIPLIERS = 32, [1, 1, 1, 2]
 NORM_GROUPS = 8
-NODE_CLASS_MAPPINGS = {}
+
+
+class Record:
+    """Passes the model on and notes each call of its network: [timestep, rows of the batch]."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ("MODEL", "TEST_RECORD")
+    FUNCTION, CATEGORY = "record", "test"
+    IS_CHANGED = classmethod(lambda cls, model: float("nan"))  # never from the cache
+
+    def record(self, model):
+        calls = []
+
+        def note(executor, x, timesteps, *rest, **named):
+            calls.append([float(timesteps[0]), len(x)])
+            return executor(x, timesteps, *rest, **named)
+
+        patched = model.clone()
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
+        return patched, calls
+
+
+class Recorded:
+    """Shows what was noted until `latent` was made."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"latent": ("LATENT",), "record": ("TEST_RECORD",)}}
+    )
+    RETURN_TYPES, OUTPUT_NODE = (), True
+    FUNCTION, CATEGORY = "show", "test"
+
+    def show(self, latent, record):
+        return {"ui": {"calls": [json.dumps(record)]}}
+
+
+NODE_CLASS_MAPPINGS = {"TestRecord": Record, "TestRecorded": Recorded}
 
 
 def _encoder_config(width, num_heads, activation):

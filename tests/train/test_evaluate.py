@@ -1,0 +1,207 @@
+"""`dmd2 evaluate` on folders and on a model: figures, what is resumed, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from train_lora import cli, render
+from train_lora.demo import scenes, teacher
+from train_lora.demo.classifier import load_classifier
+from train_lora.evaluate import Measures, Networks, evaluate, look
+from train_lora.metrics import features
+from train_lora.metrics.diversity import diversity
+from train_lora.metrics.frechet import frechet_distance
+from train_lora.metrics.looks import looks
+from train_lora.metrics.picture_folder import middle, pixels, read_folder, square
+from train_lora.metrics.precision_recall import precision_recall
+from train_lora.models.components import Components
+from train_lora.pictures import to_picture
+
+from .test_cli import failure
+from .tiny import student_file
+
+COUNT = 68
+"""Pictures of a set: more than the classifier's 64 features, as FID needs."""
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[list[str], Tensor]:
+    """Captions, each twice, and scenes of them (68, 3, 128, 128) as 8 bits hold them."""
+    generator = torch.Generator().manual_seed(0)
+    found = scenes.random_scenes(COUNT // 2, generator)
+    images = scenes.draw([scene for scene in found for _ in range(2)], generator)
+    rounded = ((images + 1) * 127.5).round() / 127.5 - 1
+    return [scene.caption for scene in found for _ in range(2)], rounded
+
+
+def write_folder(folder: Path, images: Tensor, captions: list[str] | None) -> Path:
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        to_picture(image).save(folder / f"{number:03d}.png")
+    if captions is not None:
+        rows = [
+            json.dumps({"file_name": f"{number:03d}.png", "text": text})
+            for number, text in enumerate(captions)
+        ]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_figures_of_a_folder_are_those_of_its_pixels(tmp_path, drawn, capsys) -> None:
+    captions, images = drawn
+    generator = torch.Generator().manual_seed(5)
+    real = scenes.draw(scenes.random_scenes(COUNT, generator), generator)
+    made = write_folder(tmp_path / "made", images, captions)
+    reference = write_folder(tmp_path / "real", real, None)
+    argv = ["evaluate", "--images", str(made), "--reference", str(reference)]
+    argv += ["--features", "demo", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    classifier = load_classifier()
+    with torch.no_grad():
+        ours = classifier.features(images)
+        theirs = classifier.features((((real + 1) * 127.5).round() / 127.5 - 1).clamp(-1, 1))
+    precision, recall = precision_recall(ours, theirs)
+    expected = {
+        "fid": frechet_distance(ours, theirs),
+        "precision": precision,
+        "recall": recall,
+        "feature_diversity": diversity(ours.view(COUNT // 2, 2, -1)),
+        **looks(images),
+    }
+    assert report["figures"] == pytest.approx(expected, rel=1e-4)  # batches of 32: last bits
+    assert list(report["left_out"]) == ["patch_fid"]
+    assert (report["pictures"], report["prompts"]) == (COUNT, len(set(captions)))
+    assert f"{expected['fid']:.4f}" in capsys.readouterr().out
+
+
+def test_patches_are_the_middle_at_full_resolution(tmp_path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(3, 170, 200, generator=generator) * 2 - 1
+    folder = write_folder(tmp_path / "large", image[None], None)
+    extractor = features.load_extractor("demo", torch.device("cpu"))
+    networks = Networks(extractor=extractor, clip=None, lpips=None)
+    accelerator = Accelerator(cpu=True)
+    seen = look(read_folder(folder, "x"), networks, Measures(), accelerator, "x")
+    exact = to_picture(image)
+    cut = pixels(exact)[:, 21:149, 36:164]
+    assert torch.equal(seen.patches[0], extractor.features(cut[None])[0])
+    assert not torch.allclose(seen.features, seen.patches, atol=0.01)
+    assert torch.equal(pixels(square(exact, None)), pixels(exact)[:, :, 15:185])
+    assert torch.equal(pixels(middle(exact, 128)), cut)
+    assert square(exact, 64).size == (64, 64)
+
+
+@pytest.fixture
+def tiny_teacher(monkeypatch, shared_components: Components, components: Components) -> None:
+    """The embedded teacher's place is taken by random weights; each load is a fresh UNet."""
+    import copy
+
+    def load() -> Components:
+        names = components.__dataclass_fields__
+        fields = {name: getattr(components, name) for name in names}
+        return Components(**(fields | {"unet": copy.deepcopy(shared_components.unet)}))
+
+    monkeypatch.setattr(teacher, "load_teacher", load)
+
+
+def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, capsys) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n\n a blue ring \n")
+    lora = student_file(tmp_path / "lora.safetensors")
+    out = tmp_path / "out"
+    argv = ["evaluate", "--model", "demo", "--lora", str(lora), "--prompts", str(prompts)]
+    argv += ["--per-prompt", "2", "--seed", "7", "--features", "demo", "--out", str(out)]
+    assert cli.main(argv) == 0
+    first = (out / "metrics.json").read_bytes()
+    pictures = {path.name: path.read_bytes() for path in (out / "pictures").glob("*.png")}
+    assert sorted(pictures) == [f"{number:06d}.png" for number in range(4)]
+    assert len(set(pictures.values())) == 4
+    captions = read_folder(out / "pictures", "x").captions
+    assert captions == ["a red disc"] * 2 + ["a blue ring"] * 2
+    assert set(json.loads(first)["figures"]) >= {"feature_diversity", "brightness"}
+
+    (out / "pictures" / "000002.png").unlink()
+    drawn = []
+    sample = render.sample_latents
+    monkeypatch.setattr(
+        render,
+        "sample_latents",
+        lambda *a, **k: drawn.append(k["first_index"]) or sample(*a, **k),
+    )
+    assert cli.main(argv) == 0
+    assert drawn == [2]  # and it alone: a second batch would have a second entry
+    again = {path.name: path.read_bytes() for path in (out / "pictures").glob("*.png")}
+    assert [name for name in pictures if again[name] != pictures[name]] == []
+    assert (out / "metrics.json").read_bytes() == first
+    assert cli.main(argv) == 0
+    assert drawn == [2]
+    capsys.readouterr()
+    error = failure(capsys, *[word if word != "7" else "8" for word in argv])
+    assert "holds pictures of other settings (seed: 7, now 8)" in error
+
+
+def test_teacher_and_student_draw_from_the_same_noise_with_their_own_samplers(
+    tmp_path, tiny_teacher, monkeypatch
+) -> None:
+    calls = []
+    sample = render.sample_latents
+
+    def spy(unet, role, components, condition, plan, **options):
+        calls.append((role, plan.timesteps, options["guidance"], options["strength"]))
+        return sample(unet, role, components, condition, plan, **options)
+
+    monkeypatch.setattr(render, "sample_latents", spy)
+    common = {"model": "demo", "prompts": ("a",), "per_prompt": 1, "seed": 0, "size_px": 64}
+    teachers = render.RenderRequest(**common, lora=None, steps=2, guidance=5.0)
+    lora = str(student_file(tmp_path / "lora.safetensors"))
+    students = render.RenderRequest(**common, lora=lora, steps=None, guidance=None)
+    evaluate(teachers, Measures(), tmp_path / "teacher")
+    evaluate(students, Measures(), tmp_path / "student")
+    assert calls == [
+        ("teacher", (999, 499), 5.0, 0.0),
+        ("student", (999, 749, 499, 249), 1.0, 1.0),
+    ]
+    assert read_folder(tmp_path / "student" / "pictures", "x").smallest_side_px() == 64
+
+
+def test_what_is_refused(tmp_path, drawn, capsys) -> None:
+    _, images = drawn
+    few = write_folder(tmp_path / "few", images[:3], ["a", "b", "c"])
+    bare = write_folder(tmp_path / "bare", images[:3], None)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a\n")
+    folder = ["evaluate", "--out", str(tmp_path / "out"), "--images", str(few)]
+    model = ["evaluate", "--out", str(tmp_path / "out"), "--model", "demo"]
+    told = [*model, "--prompts", str(prompts)]
+    cases = {
+        "at least 65 pictures in each set (the paper took 10,000), but --images has 3": [
+            *folder, "--features", "demo", "--reference", str(bare),
+        ],
+        "--reference needs a network": [*folder, "--reference", str(bare)],
+        "Nothing is downloaded here: get it from https://github.com/toshas": [
+            *folder, "--features", "inception.pth",
+        ],
+        "alexnet-owt-7be5be79.pth": [*folder, "--lpips", "alexnet.pth"],
+        "Nothing is downloaded unasked": [*folder, "--clip", str(tmp_path)],
+        "is for drawing with --model": [*folder, "--seed", "1"],
+        "--model needs --prompts": model,
+        "'none.txt', which is no file": [*model, "--prompts", "none.txt", "--guidance", "5"],
+        "--guidance is the teacher's": told,
+        "--size-px is 100": [*told, "--guidance", "5", "--size-px", "100"],
+        "--per-prompt is 0": [*told, "--guidance", "5", "--per-prompt", "0"],
+        "a folder that is not empty": [*told, "--guidance", "5", "--out", str(few)],
+        "no-such.safetensors does not exist": [
+            "evaluate", "--out", "x", "--model", "no-such.safetensors", "--prompts", str(prompts),
+            "--guidance", "5",
+        ],
+    }  # fmt: skip
+    for message, argv in cases.items():
+        assert message in failure(capsys, *argv)
+    assert not (tmp_path / "out").exists()
