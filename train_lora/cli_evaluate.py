@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 DEMO = "demo"
-_DRAWING = ("prompts", "lora", "guidance", "steps", "size_px", "per_prompt", "seed")
+_DRAWING = ("prompts", "lora", "guidance", "family", "steps", "size_px", "per_prompt", "seed")
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -32,6 +32,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     draw.add_argument("--prompts", metavar="FILE.txt", help="one on each line; demo: the demo's 64")
     draw.add_argument("--lora", metavar="FILE", help="the student; without it the teacher draws")
     draw.add_argument("--guidance", type=float, metavar="G", help="of the teacher (SDXL: 6 to 8)")
+    draw.add_argument(
+        "--family", metavar="NAME", help="for a LoRA of another method, such as 'LCM, 4 steps'"
+    )
     draw.add_argument("--steps", type=int, metavar="N", help="teacher 50, student as its LoRA says")
     draw.add_argument("--size-px", type=int, metavar="PX", help="side; as the model was made for")
     draw.add_argument("--per-prompt", type=int, metavar="N", help="pictures of each prompt (1)")
@@ -80,6 +83,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         per_prompt=1 if arguments.per_prompt is None else arguments.per_prompt,
         seed=0 if arguments.seed is None else arguments.seed,
         steps=arguments.steps,
+        family=arguments.family,
         guidance=arguments.guidance,
         size_px=arguments.size_px,
     )

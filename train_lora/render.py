@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dmd2_core import StepPlan
+from dmd2_core import Recipe, StepPlan, family_recipe
 
 from .checkpoint_store import write_text
 from .data.folders import METADATA
@@ -46,6 +45,8 @@ class RenderRequest:
     seed: int
     steps: int | None
     """None: 50 for the teacher, what the LoRA's recipe says for the student."""
+    family: str | None = None
+    """One of dmd2_core.FAMILIES, for a LoRA whose file does not say how it is sampled."""
     guidance: float | None
     """Of the teacher; None for the student, which has it built in."""
     size_px: int | None
@@ -56,6 +57,10 @@ class RenderRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; set it to at least 1.")
+        if self.family is not None and (self.lora is None or self.steps is not None):
+            raise ValueError("--family is for a --lora, and says its steps; leave --steps out.")
+        if self.family is not None:
+            family_recipe(self.family)
         if self.guidance is not None and self.guidance < 1:
             raise ValueError(f"--guidance is {self.guidance}; set it to at least 1.")
         if self.size_px is not None and (self.size_px < LATENT_PX or self.size_px % LATENT_PX):
@@ -93,8 +98,9 @@ def picture_name(number: int) -> str:
 def render(request: RenderRequest, out: Path, accelerator: Accelerator) -> Path:
     """The folder of pictures below `out`, with metadata.jsonl; draws those that it lacks.
 
-    Picture i has the noise of (seed, i): each process takes its share, and what an earlier,
-    interrupted call with the same settings has drawn stays. All processes call this alike.
+    Picture i has the noise of (seed, i): each process takes its share of the batches, and those
+    that an earlier, interrupted call with the same settings has drawn stay. All processes call
+    this alike.
     """
     check_rendering(request, out)
     folder = out / PICTURES
@@ -109,7 +115,7 @@ def render(request: RenderRequest, out: Path, accelerator: Accelerator) -> Path:
         write_text(folder / METADATA, "".join(rows))
         settings = json.dumps(request.settings(), indent=2) + "\n"
         write_text(out / SETTINGS_FILE, settings)  # last: it says that the rest is there
-    missing = [i for i in range(len(captions)) if not (folder / picture_name(i)).is_file()]
+    missing = {i for i in range(len(captions)) if not (folder / picture_name(i)).is_file()}
     wait_for_all(accelerator.device)  # all have the same list
     if missing:
         _draw(request, missing, folder, accelerator)
@@ -144,39 +150,31 @@ def _only_begun(out: Path) -> bool:
 
 
 def _draw(
-    request: RenderRequest, missing: Sequence[int], folder: Path, accelerator: Accelerator
+    request: RenderRequest, missing: set[int], folder: Path, accelerator: Accelerator
 ) -> None:
     from tqdm import tqdm
 
     from .data.encode import encode_captions
 
     components = _load(request, accelerator.device)
-    unet, plan = _network(request, components)
+    unet, recipe = _network(request, components)
+    plan, strength = recipe.plan(), recipe.strength
     place(components, accelerator.device)
     role = TEACHER if request.lora is None else STUDENT
     size_px = request.size_px or LATENT_PX * int(components.unet.config["sample_size"])
     captions, rows = request.captions, rows_at_once(size_px, size_px)
-    runs = _runs(missing, rows)
-    mine = runs[accelerator.process_index :: accelerator.num_processes]
+    # The same pieces whoever draws them and whatever is there: last bits depend on the batch.
+    runs = [range(i, min(i + rows, len(captions))) for i in range(0, len(captions), rows)]
+    todo = [run for run in runs if not missing.isdisjoint(run)]
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
     for run in tqdm(mine, desc="drawing", disable=not accelerator.is_main_process):
         condition = encode_captions(components, [captions[i] for i in run], size_px)
         latents = sample_latents(
             unet, role, components, condition, plan, seed=request.seed, first_index=run[0],
-            guidance=request.guidance or 1.0, strength=0.0 if request.lora is None else 1.0,
+            guidance=request.guidance or 1.0, strength=strength,
         )  # fmt: skip
         for number, image in zip(run, decode_latents(components, latents), strict=True):
             _write_picture(folder / picture_name(number), image)
-
-
-def _runs(missing: Sequence[int], longest: int) -> list[list[int]]:
-    """Successive numbers together, at most `longest` of them."""
-    runs: list[list[int]] = []
-    for number in missing:
-        if runs and runs[-1][-1] + 1 == number and len(runs[-1]) < longest:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
 
 
 def _load(request: RenderRequest, device: torch.device) -> Components:
@@ -190,18 +188,27 @@ def _load(request: RenderRequest, device: torch.device) -> Components:
     return load_components(request.model, dtype=dtype)
 
 
-def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, StepPlan]:
+def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, Recipe]:
+    """The model in its roles, and how the one that draws is sampled.
+
+    Teacher: DDIM. Student: as `family` says, else as its file does, with other steps if wanted.
+    """
     if request.lora is None:
         plan = StepPlan.evenly(request.steps or TEACHER_STEPS)
-        return SharedUNet(components.unet, {}, seed=0), plan
+        return SharedUNet(components.unet, {}, seed=0), Recipe(timesteps=plan.timesteps, strength=0)
     from .export import shared_unet_with_lora
 
     unet, recipe = shared_unet_with_lora(components.unet, request.lora)
+    if request.family is not None:
+        return unet, family_recipe(request.family)
     if request.steps is not None:
-        return unet, StepPlan.evenly(request.steps)
+        return unet, Recipe(timesteps=StepPlan.evenly(request.steps).timesteps)
     if recipe is None:
-        raise ValueError(f"--lora {request.lora!r} does not say its steps; give --steps (4, say).")
-    return unet, recipe.plan()
+        raise ValueError(
+            f"--lora {request.lora!r} does not say how it is sampled; give --family (for one of "
+            "another method) or --steps."
+        )
+    return unet, recipe
 
 
 def _write_picture(path: Path, image: torch.Tensor) -> None:

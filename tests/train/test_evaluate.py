@@ -116,6 +116,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, c
     prompts.write_text("a red disc\n\n a blue ring \n")
     lora = student_file(tmp_path / "lora.safetensors")
     out = tmp_path / "out"
+    monkeypatch.setattr(render, "rows_at_once", lambda height, width: 2)
     argv = ["evaluate", "--model", "demo", "--lora", str(lora), "--prompts", str(prompts)]
     argv += ["--per-prompt", "2", "--seed", "7", "--features", "demo", "--out", str(out)]
     assert cli.main(argv) == 0
@@ -127,7 +128,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, c
     assert captions == ["a red disc"] * 2 + ["a blue ring"] * 2
     assert set(json.loads(first)["figures"]) >= {"feature_diversity", "brightness"}
 
-    (out / "pictures" / "000002.png").unlink()
+    (out / "pictures" / "000003.png").unlink()
     drawn = []
     sample = render.sample_latents
     monkeypatch.setattr(
@@ -136,7 +137,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, c
         lambda *a, **k: drawn.append(k["first_index"]) or sample(*a, **k),
     )
     assert cli.main(argv) == 0
-    assert drawn == [2]  # and it alone: a second batch would have a second entry
+    assert drawn == [2]  # the batch that it belongs to, for equal bits, and no other
     again = {path.name: path.read_bytes() for path in (out / "pictures").glob("*.png")}
     assert [name for name in pictures if again[name] != pictures[name]] == []
     assert (out / "metrics.json").read_bytes() == first
