@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .cli_evaluate import add_evaluate
+from .cli_evaluate import add_compare, add_evaluate
 from .cli_files import add_export, add_merge
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
@@ -93,6 +93,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_merge(commands)
     add_evaluate(commands)
+    add_compare(commands)
     _add_prepare(commands)
     _add_demo(commands)
     _add_teacher(commands)

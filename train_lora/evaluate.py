@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ class Seen:
     features: Tensor
     """(N, D); D is 0 without an extractor."""
     patches: Tensor
-    """(N, D) of the middle at full resolution; D is 0 where pictures are too small for it."""
+    """(M, D) of the middle at full resolution, of the M pictures that are larger than it."""
     clip: Tensor
     """(N, 1), or (N, 0)."""
     looks: Tensor
@@ -92,34 +92,63 @@ class Seen:
 def evaluate(source: Path | RenderRequest, measures: Measures, out: Path) -> dict[str, float]:
     """Measure a folder, or what a model draws into `out`; leaves `out`/metrics.json.
 
-    Everything that can be wrong is looked at before anything is drawn. All processes that
-    torchrun started share the drawing and the passes; each returns the same figures.
+    All processes that torchrun started share the work; each returns the same figures.
     """
     if isinstance(source, RenderRequest):
-        check_rendering(source, out)
-    elif not _only_figures(out):
+        return evaluate_all({"": source}, measures, out)[""]
+    if not _only_figures(out):
         check_output_directory(out, "--out")
+    folder = read_folder(source, "--images")
     accelerator = join_processes("no")
     try:
         networks = _load(measures, accelerator.device)
-        if isinstance(source, RenderRequest):
-            _check_captioned(source.captions, networks)
-            _check_enough(len(source.captions), networks.extractor, measures, "the prompts")
-            reference = _reference(measures, networks, accelerator)
-            folder = read_folder(render(source, out, accelerator), "--out")
-        else:
-            folder = read_folder(source, "--images")
-            _check_captioned(folder.captions, networks)
-            _check_enough(len(folder), networks.extractor, measures, "--images")
-            reference = _reference(measures, networks, accelerator)
-        figures, left_out = measure(folder, reference, networks, measures, accelerator)
-        if accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            _write(out / RESULT_FILE, figures, left_out, folder, measures)
-            _show(figures, left_out, out / RESULT_FILE)
-        return figures
+        _check_captioned(folder.captions, networks)
+        _check_enough(len(folder), networks.extractor, measures, "--images")
+        reference = _reference(measures, networks, accelerator)
+        return _measured(folder, reference, networks, measures, accelerator, out)
     finally:
         leave_processes()
+
+
+def evaluate_all(
+    requests: Mapping[str, RenderRequest], measures: Measures, out: Path
+) -> dict[str, dict[str, float]]:
+    """The figures of each system, which draws into the folder of its name below `out`.
+
+    Everything that can be wrong is looked at before anything is drawn.
+    """
+    for name, request in requests.items():
+        check_rendering(request, out / name)
+    accelerator = join_processes("no")
+    try:
+        networks = _load(measures, accelerator.device)
+        for request in requests.values():
+            _check_captioned(request.captions, networks)
+            _check_enough(len(request.captions), networks.extractor, measures, "the prompts")
+        reference = _reference(measures, networks, accelerator)
+        found = {}
+        for name, request in requests.items():
+            folder = read_folder(render(request, out / name, accelerator), "--out")
+            found[name] = _measured(folder, reference, networks, measures, accelerator, out / name)
+        return found
+    finally:
+        leave_processes()
+
+
+def _measured(
+    folder: PictureFolder,
+    reference: Seen | None,
+    networks: Networks,
+    measures: Measures,
+    accelerator: Accelerator,
+    out: Path,
+) -> dict[str, float]:
+    figures, left_out = measure(folder, reference, networks, measures, accelerator)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / RESULT_FILE, figures, left_out, folder, measures)
+        _show(figures, left_out, out / RESULT_FILE)
+    return figures
 
 
 def measure(
@@ -136,12 +165,15 @@ def measure(
     figures: dict[str, float] = {}
     if reference is not None:
         figures["fid"] = frechet_distance(seen.features, reference.features)
-        if seen.patches.shape[1] and reference.patches.shape[1]:
+        assert networks.extractor is not None
+        enough, side = networks.extractor.width + 1, networks.extractor.side_px
+        if min(len(seen.patches), len(reference.patches)) >= enough:
             figures["patch_fid"] = frechet_distance(seen.patches, reference.patches)
         else:
-            assert networks.extractor is not None
-            side = networks.extractor.side_px
-            left_out["patch_fid"] = f"needs pictures larger than {side} x {side} px in both sets"
+            left_out["patch_fid"] = (
+                f"needs {enough} pictures larger than {side} x {side} px in each set, found "
+                f"{len(seen.patches)} and {len(reference.patches)}"
+            )
         precision, recall = precision_recall(seen.features, reference.features)
         figures |= {"precision": precision, "recall": recall}
     if networks.clip is not None:
@@ -173,10 +205,7 @@ def look(
 
     extractor, clip = networks.extractor, networks.clip if captions else None
     width = extractor.width if extractor is not None else 0
-    patch_px = extractor.side_px if extractor is not None else 0
-    if folder.smallest_side_px() <= patch_px:
-        patch_px = 0
-    widths = [width, width if patch_px else 0, 1 if clip is not None else 0, len(LOOKS)]
+    widths = [width, width, 1 if clip is not None else 0, len(LOOKS)]
     columns = torch.zeros(len(folder), sum(widths), device=accelerator.device)
     pieces = [slice(i, min(i + BATCH, len(folder))) for i in range(0, len(folder), BATCH)]
     bar = tqdm(total=len(folder), desc=what, disable=not accelerator.is_main_process)
@@ -187,10 +216,9 @@ def look(
         squares = [square(picture, measures.resize_px) for picture in pictures]
         parts = []
         if extractor is not None:
-            side = extractor.side_px
-            parts.append(extractor.features(_batch([scaled_to(p, side) for p in squares])).cpu())
-            if patch_px:
-                parts.append(extractor.features(_batch([middle(p, side) for p in pictures])).cpu())
+            scaled = [scaled_to(picture, extractor.side_px) for picture in squares]
+            parts.append(extractor.features(_batch(scaled)).cpu())
+            parts.append(_patch_features(extractor, pictures))
         if clip is not None:
             assert folder.captions is not None
             parts.append(clip.scores(squares, folder.captions[piece])[:, None])
@@ -202,7 +230,19 @@ def look(
     table = shared_out(pieces, work, columns, together=False).cpu()
     bar.close()
     features, patches, scores, looked = table.split(widths, 1)
+    patches = patches[~patches.isnan().any(1)]
     return Seen(features=features, patches=patches, clip=scores, looks=looked)
+
+
+def _patch_features(extractor: Extractor, pictures: Sequence[Image]) -> Tensor:
+    """(B, D) of each picture's middle; not-a-number where it is no larger than that."""
+    side = extractor.side_px
+    large = [number for number, picture in enumerate(pictures) if min(picture.size) > side]
+    found = torch.full((len(pictures), extractor.width), torch.nan)
+    if large:
+        patches = _batch([middle(pictures[number], side) for number in large])
+        found[large] = extractor.features(patches).cpu()
+    return found
 
 
 def _batch(pictures: Sequence[Image]) -> Tensor:
@@ -251,7 +291,7 @@ def _reference(measures: Measures, networks: Networks, accelerator: Accelerator)
 
         features = build_yardstick(load_classifier()).real_features
         nothing = torch.zeros(len(features), 0)
-        return Seen(features=features, patches=nothing, clip=nothing, looks=nothing)
+        return Seen(features=features, patches=nothing[:0], clip=nothing, looks=nothing)
     folder = read_folder(Path(measures.reference), "--reference")
     _check_enough(len(folder), networks.extractor, measures, "--reference")
     return look(folder, networks, measures, accelerator, "reference", captions=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dmd2_core import Recipe, StepPlan, family_recipe
+from dmd2_core import FAMILIES, Recipe, StepPlan, family_recipe
 
 from .checkpoint_store import write_text
 from .data.folders import METADATA
@@ -59,8 +59,8 @@ class RenderRequest:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; set it to at least 1.")
         if self.family is not None and (self.lora is None or self.steps is not None):
             raise ValueError("--family is for a --lora, and says its steps; leave --steps out.")
-        if self.family is not None:
-            family_recipe(self.family)
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"--family {self.family!r} is none of: {'; '.join(FAMILIES)}.")
         if self.guidance is not None and self.guidance < 1:
             raise ValueError(f"--guidance is {self.guidance}; set it to at least 1.")
         if self.size_px is not None and (self.size_px < LATENT_PX or self.size_px % LATENT_PX):

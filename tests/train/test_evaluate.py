@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from train_lora import cli, render
@@ -21,7 +22,7 @@ from train_lora.metrics.looks import looks
 from train_lora.metrics.picture_folder import middle, pixels, read_folder, square
 from train_lora.metrics.precision_recall import precision_recall
 from train_lora.models.components import Components
-from train_lora.pictures import to_picture
+from train_lora.pictures import GAP_PX, LABEL_PX, to_picture
 
 from .test_cli import failure
 from .tiny import student_file
@@ -85,14 +86,16 @@ def test_patches_are_the_middle_at_full_resolution(tmp_path) -> None:
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(3, 170, 200, generator=generator) * 2 - 1
     folder = write_folder(tmp_path / "large", image[None], None)
+    to_picture(image[:, :128]).save(folder / "too_small.png")
     extractor = features.load_extractor("demo", torch.device("cpu"))
     networks = Networks(extractor=extractor, clip=None, lpips=None)
     accelerator = Accelerator(cpu=True)
     seen = look(read_folder(folder, "x"), networks, Measures(), accelerator, "x")
     exact = to_picture(image)
     cut = pixels(exact)[:, 21:149, 36:164]
-    assert torch.equal(seen.patches[0], extractor.features(cut[None])[0])
-    assert not torch.allclose(seen.features, seen.patches, atol=0.01)
+    assert torch.equal(seen.patches, extractor.features(cut[None]))
+    assert len(seen.features) == 2
+    assert not torch.allclose(seen.features[:1], seen.patches, atol=0.01)
     assert torch.equal(pixels(square(exact, None)), pixels(exact)[:, :, 15:185])
     assert torch.equal(pixels(middle(exact, 128)), cut)
     assert square(exact, 64).size == (64, 64)
@@ -169,7 +172,49 @@ def test_teacher_and_student_draw_from_the_same_noise_with_their_own_samplers(
         ("teacher", (999, 499), 5.0, 0.0),
         ("student", (999, 749, 499, 249), 1.0, 1.0),
     ]
-    assert read_folder(tmp_path / "student" / "pictures", "x").smallest_side_px() == 64
+    assert read_folder(tmp_path / "student" / "pictures", "x").open(0).size == (64, 64)
+
+
+def test_comparison_puts_every_system_on_the_same_noise(
+    tmp_path, tiny_teacher, monkeypatch
+) -> None:
+    calls = []
+    sample = render.sample_latents
+
+    def spy(unet, role, components, condition, plan, **options):
+        calls.append((role, plan.timesteps, options["seed"], options["strength"]))
+        return sample(unet, role, components, condition, plan, **options)
+
+    monkeypatch.setattr(render, "sample_latents", spy)
+    lora = str(student_file(tmp_path / "ours.safetensors"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\na blue ring\n")
+    out = tmp_path / "out"
+    argv = ["compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "5"]
+    argv += ["--steps", "2", "--lora", lora, "--other", "SDXL-Lightning, 2 steps", lora]
+    argv += ["--size-px", "64", "--seed", "3", "--out", str(out)]
+    assert cli.main(argv) == 0
+    assert calls == [
+        ("teacher", (999, 499), 3, 0.0),
+        ("student", (999, 749, 499, 249), 3, 1.0),
+        ("student", (999, 499), 3, 0.0),
+    ]
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "teacher, 2 steps, guidance 5",
+        "ours",
+        "ours (SDXL-Lightning, 2 steps)",
+    ]
+    figures = json.loads((out / "lora_1" / "metrics.json").read_text())["figures"]
+    assert lines[3].split("|")[2].strip() == f"{figures['brightness']:.4g}"
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size[0] == 2 * (64 + GAP_PX) + GAP_PX
+        row = LABEL_PX + 64 + GAP_PX
+        top = grid.size[1] - row + LABEL_PX  # of the last system's row
+        cell = grid.crop((2 * GAP_PX + 64, top, 2 * GAP_PX + 128, top + 64))
+    assert torch.equal(pixels(cell), pixels(read_folder(out / "lora_2", "x").open(1)))
+    assert cli.main(argv) == 0
+    assert len(calls) == 3  # nothing is drawn twice
 
 
 def test_what_is_refused(tmp_path, drawn, capsys) -> None:
@@ -198,6 +243,14 @@ def test_what_is_refused(tmp_path, drawn, capsys) -> None:
         "--size-px is 100": [*told, "--guidance", "5", "--size-px", "100"],
         "--per-prompt is 0": [*told, "--guidance", "5", "--per-prompt", "0"],
         "a folder that is not empty": [*told, "--guidance", "5", "--out", str(few)],
+        "'Lightning' is none of: DMD2, 4 steps;": [
+            "compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "5",
+            "--other", "Lightning", str(prompts), "--out", str(tmp_path / "out"),
+        ],
+        "nothing to compare": [
+            "compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "5",
+            "--out", str(tmp_path / "out"),
+        ],
         "no-such.safetensors does not exist": [
             "evaluate", "--out", "x", "--model", "no-such.safetensors", "--prompts", str(prompts),
             "--guidance", "5",

@@ -39,15 +39,6 @@ class PictureFolder:
             rows.setdefault(caption, []).append(number)
         return [group for group in rows.values() if len(group) > 1]
 
-    def smallest_side_px(self) -> int:
-        from PIL import Image
-
-        def side(file: Path) -> int:
-            with Image.open(file) as picture:  # reads the header alone
-                return min(picture.size)
-
-        return min(side(file) for file in self.files)
-
 
 def read_folder(folder: Path, option: str) -> PictureFolder:
     """All pictures below `folder`; captions from metadata.jsonl or .txt files beside them."""
