@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +175,31 @@ def test_teacher_and_student_draw_from_the_same_noise_with_their_own_samplers(
         ("student", (999, 749, 499, 249), 1.0, 1.0),
     ]
     assert read_folder(tmp_path / "student" / "pictures", "x").open(0).size == (64, 64)
+
+
+def test_processes_share_the_drawing_and_the_pictures_are_the_same(
+    tmp_path, tiny_teacher, monkeypatch
+) -> None:
+    monkeypatch.setattr(render, "rows_at_once", lambda height, width: 2)
+    request = render.RenderRequest(
+        model="demo", lora=None, prompts=("a", "b", "c"), per_prompt=2, seed=0, steps=1,
+        guidance=1.0, size_px=64,
+    )  # fmt: skip
+
+    def process(rank: int, ranks: int) -> Any:
+        place = {"process_index": rank, "num_processes": ranks, "is_main_process": rank == 0}
+        return SimpleNamespace(device=torch.device("cpu"), **place)
+
+    alone = render.render(request, tmp_path / "alone", process(0, 1))
+    before = {path.name: path.read_bytes() for path in alone.glob("*.png")}
+    for path in alone.glob("*.png"):
+        path.unlink()
+    render.render(request, tmp_path / "alone", process(1, 2))
+    assert sorted(path.name for path in alone.glob("*.png")) == ["000002.png", "000003.png"]
+    render.render(request, tmp_path / "alone", process(0, 2))  # of what is missing: half
+    assert not (alone / "000004.png").exists()
+    render.render(request, tmp_path / "alone", process(0, 1))
+    assert {path.name: path.read_bytes() for path in alone.glob("*.png")} == before
 
 
 def test_comparison_puts_every_system_on_the_same_noise(
