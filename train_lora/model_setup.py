@@ -119,12 +119,13 @@ def warm_start(unet: SharedUNet, path: str, components: Components) -> None:
 
     _, recipe = read_lora(path)
     if recipe is not None:
-        _check_same_prediction(path, recipe, components)
+        check_same_prediction(path, recipe, components, "student.init")
     load_lora_into(unet, path, STUDENT)
     log.info(WARM_START_NOTICE, path)
 
 
-def _check_same_prediction(path: str, recipe: Recipe, components: Components) -> None:
+def check_same_prediction(path: str, recipe: Recipe, components: Components, option: str) -> None:
+    """ValueError naming `option` if the LoRA at `path` was trained on another kind of output."""
     theirs = (recipe.prediction, recipe.zero_terminal_snr)
     ours = (components.prediction, components.schedule.has_zero_terminal_snr)
     if theirs != ours:
@@ -133,6 +134,6 @@ def _check_same_prediction(path: str, recipe: Recipe, components: Components) ->
             return prediction + (" with zero terminal SNR" if zero_snr else "")
 
         raise ValueError(
-            f"student.init {path} was trained for a model that predicts {words(*theirs)}, but "
-            f"{components.name} predicts {words(*ours)}: use a LoRA of the same prediction type"
+            f"{option} {path} was trained for a model that predicts {words(*theirs)}, but "
+            f"{components.name} predicts {words(*ours)}: use a LoRA of the same prediction type."
         )

@@ -23,9 +23,8 @@ def to_picture(image: Tensor) -> Image:
 
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     channels_last = pixels.permute(1, 2, 0).contiguous().cpu()
-    return Image.frombytes(
-        "RGB", (image.shape[2], image.shape[1]), bytes(channels_last.flatten().tolist())
-    )
+    size = (image.shape[2], image.shape[1])
+    return Image.frombytes("RGB", size, channels_last.numpy().tobytes())
 
 
 def jpeg_data_url(image: Tensor, largest_px: int) -> str:

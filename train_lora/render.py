@@ -104,23 +104,30 @@ def render(request: RenderRequest, out: Path, accelerator: Accelerator) -> Path:
     """
     check_rendering(request, out)
     folder = out / PICTURES
-    captions = request.captions
-    wait_for_all(accelerator.device)  # nobody writes before all have looked
-    if accelerator.is_main_process and not (out / SETTINGS_FILE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = (
-            json.dumps({"file_name": picture_name(i), "text": text}, ensure_ascii=False) + "\n"
-            for i, text in enumerate(captions)
-        )
-        write_text(folder / METADATA, "".join(rows))
-        settings = json.dumps(request.settings(), indent=2) + "\n"
-        write_text(out / SETTINGS_FILE, settings)  # last: it says that the rest is there
-    missing = {i for i in range(len(captions)) if not (folder / picture_name(i)).is_file()}
-    wait_for_all(accelerator.device)  # all have the same list
+    numbers = range(len(request.captions))
+    missing = {i for i in numbers if not (folder / picture_name(i)).is_file()}
+    wait_for_all(accelerator.device)  # all have the same list: nobody draws before
     if missing:
-        _draw(request, missing, folder, accelerator)
+        components = _load(request, accelerator.device)
+        unet, recipe = _network(request, components)
+        place(components, accelerator.device)
+        if accelerator.is_main_process and not (out / SETTINGS_FILE).exists():
+            _begin(request, out)  # not before: a LoRA that does not fit shall leave no trace
+        wait_for_all(accelerator.device)
+        _draw(request, missing, components, unet, recipe, folder, accelerator)
     wait_for_all(accelerator.device)
     return folder
+
+
+def _begin(request: RenderRequest, out: Path) -> None:
+    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    rows = (
+        json.dumps({"file_name": picture_name(i), "text": text}, ensure_ascii=False) + "\n"
+        for i, text in enumerate(request.captions)
+    )
+    write_text(out / PICTURES / METADATA, "".join(rows))
+    settings = json.dumps(request.settings(), indent=2) + "\n"
+    write_text(out / SETTINGS_FILE, settings)  # last: it says that the rest is there
 
 
 def check_rendering(request: RenderRequest, out: Path) -> None:
@@ -150,16 +157,18 @@ def _only_begun(out: Path) -> bool:
 
 
 def _draw(
-    request: RenderRequest, missing: set[int], folder: Path, accelerator: Accelerator
+    request: RenderRequest,
+    missing: set[int],
+    components: Components,
+    unet: SharedUNet,
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> None:
     from tqdm import tqdm
 
     from .data.encode import encode_captions
 
-    components = _load(request, accelerator.device)
-    unet, recipe = _network(request, components)
-    plan, strength = recipe.plan(), recipe.strength
-    place(components, accelerator.device)
     role = TEACHER if request.lora is None else STUDENT
     size_px = request.size_px or LATENT_PX * int(components.unet.config["sample_size"])
     captions, rows = request.captions, rows_at_once(size_px, size_px)
@@ -170,8 +179,8 @@ def _draw(
     for run in tqdm(mine, desc="drawing", disable=not accelerator.is_main_process):
         condition = encode_captions(components, [captions[i] for i in run], size_px)
         latents = sample_latents(
-            unet, role, components, condition, plan, seed=request.seed, first_index=run[0],
-            guidance=request.guidance or 1.0, strength=strength,
+            unet, role, components, condition, recipe.plan(), seed=request.seed, first_index=run[0],
+            guidance=request.guidance or 1.0, strength=recipe.strength,
         )  # fmt: skip
         for number, image in zip(run, decode_latents(components, latents), strict=True):
             _write_picture(folder / picture_name(number), image)
@@ -197,8 +206,11 @@ def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet
         plan = StepPlan.evenly(request.steps or TEACHER_STEPS)
         return SharedUNet(components.unet, {}, seed=0), Recipe(timesteps=plan.timesteps, strength=0)
     from .export import shared_unet_with_lora
+    from .model_setup import check_same_prediction
 
     unet, recipe = shared_unet_with_lora(components.unet, request.lora)
+    if recipe is not None:
+        check_same_prediction(request.lora, recipe, components, "--lora")
     if request.family is not None:
         return unet, family_recipe(request.family)
     if request.steps is not None:

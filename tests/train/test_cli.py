@@ -184,6 +184,7 @@ def test_config_show_and_keys(capsys):
         (FileNotFoundError("The file x is missing; name another."), "The file x is missing"),
         (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x."),
         (ModuleNotFoundError("No module", name="peft"), "peft is not installed"),
+        (ModuleNotFoundError("No module", name="torch_fidelity"), "pip install '.[metrics]'"),
     ],
 )
 def test_errors_of_the_users_making_while_training(capsys, tmp_path, stand_in, error, sentence):

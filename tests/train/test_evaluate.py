@@ -13,19 +13,23 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from dmd2_core import Recipe
 from train_lora import cli, render
 from train_lora.demo import scenes, teacher
 from train_lora.demo.classifier import load_classifier
 from train_lora.evaluate import Measures, Networks, evaluate, look
 from train_lora.metrics import features
+from train_lora.metrics.clip import load_clip
 from train_lora.metrics.diversity import diversity
 from train_lora.metrics.frechet import frechet_distance
 from train_lora.metrics.looks import looks
+from train_lora.metrics.lpips import load_lpips
 from train_lora.metrics.picture_folder import middle, pixels, read_folder, square
 from train_lora.metrics.precision_recall import precision_recall
 from train_lora.models.components import Components
 from train_lora.pictures import GAP_PX, LABEL_PX, to_picture
 
+from .metric_files import alexnet_file, clip_folder
 from .test_cli import failure
 from .tiny import student_file
 
@@ -84,6 +88,29 @@ def test_figures_of_a_folder_are_those_of_its_pixels(tmp_path, drawn, capsys) ->
     assert f"{expected['fid']:.4f}" in capsys.readouterr().out
 
 
+def test_clip_score_and_lpips_of_a_folder(tmp_path, drawn) -> None:
+    """Captions lie beside the pictures here; all is measured at 64 px."""
+    _, images = drawn
+    folder = write_folder(tmp_path / "made", images[:5], None)
+    captions = ["a", "b", "a", "b", "only one"]
+    for number, caption in enumerate(captions):
+        (folder / f"{number:03d}.txt").write_text(f"{caption}\n")
+    clip, alexnet = clip_folder(tmp_path / "clip"), alexnet_file(tmp_path)
+    argv = ["evaluate", "--images", str(folder), "--clip", str(clip), "--lpips", str(alexnet)]
+    assert cli.main([*argv, "--resize-px", "64", "--out", str(tmp_path / "out")]) == 0
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["figures"]
+    small = [square(to_picture(image), 64) for image in images[:5]]
+    scores = load_clip(str(clip), torch.device("cpu")).scores(small, captions)
+    assert figures["clip_score"] == pytest.approx(float(scores.mean()), abs=1e-6)
+    scaled = torch.stack([pixels(picture) for picture in small]).float() / 127.5 - 1
+    pairs = load_lpips(alexnet)(scaled[:2], scaled[2:4])
+    assert figures["lpips_diversity"] == pytest.approx(float(pairs.mean()), rel=1e-5)
+    assert "fid" not in figures
+    (folder / "004.txt").unlink()
+    with pytest.raises(ValueError, match=r"004\.png has no caption, but others"):
+        evaluate(folder, Measures(), tmp_path / "out")
+
+
 def test_patches_are_the_middle_at_full_resolution(tmp_path) -> None:
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(3, 170, 200, generator=generator) * 2 - 1
@@ -121,6 +148,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, c
     prompts.write_text("a red disc\n\n a blue ring \n")
     lora = student_file(tmp_path / "lora.safetensors")
     out = tmp_path / "out"
+    (out / "pictures").mkdir(parents=True)  # as a call leaves it that is killed at its start
     monkeypatch.setattr(render, "rows_at_once", lambda height, width: 2)
     argv = ["evaluate", "--model", "demo", "--lora", str(lora), "--prompts", str(prompts)]
     argv += ["--per-prompt", "2", "--seed", "7", "--features", "demo", "--out", str(out)]
@@ -200,6 +228,17 @@ def test_processes_share_the_drawing_and_the_pictures_are_the_same(
     assert not (alone / "000004.png").exists()
     render.render(request, tmp_path / "alone", process(0, 1))
     assert {path.name: path.read_bytes() for path in alone.glob("*.png")} == before
+
+
+def test_a_lora_for_another_kind_of_output_is_refused(tmp_path, tiny_teacher, capsys) -> None:
+    recipe = Recipe(timesteps=(999,), prediction="v")
+    lora = student_file(tmp_path / "lora.safetensors", recipe)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    argv = ["evaluate", "--model", "demo", "--prompts", str(prompts), "--lora", str(lora)]
+    message = failure(capsys, *argv, "--out", str(tmp_path / "out"))
+    assert f"--lora {lora} was trained for a model that predicts v" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_comparison_puts_every_system_on_the_same_noise(

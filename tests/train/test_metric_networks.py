@@ -10,17 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-)
+from transformers import CLIPModel, CLIPProcessor
 
 from train_lora.metrics.clip import PREFIX, load_clip
 from train_lora.metrics.features import load_extractor
@@ -28,30 +19,10 @@ from train_lora.metrics.lpips import load_lpips
 from train_lora.metrics.picture_folder import pixels, scaled_to, square
 from train_lora.metrics.precision_recall import precision_recall
 from train_lora.metrics.weights import read_weights
-from train_lora.models.tokenizer import build_tokenizers
+
+from .metric_files import alexnet_file, clip_folder, random_picture
 
 CPU = torch.device("cpu")
-
-
-def random_picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randint(0, 256, (height * width * 3,), generator=generator, dtype=torch.uint8)
-    return Image.frombytes("RGB", (width, height), noise.numpy().tobytes())
-
-
-def alexnet_file(folder: Path) -> Path:
-    """torchvision's AlexNet with random weights, its large head cut off."""
-    path = folder / "alexnet.pth"
-    with torch.random.fork_rng(), torch.device("meta"):
-        names = torchvision.models.alexnet().features.state_dict()
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        f"features.{name}": torch.randn(value.shape, generator=generator)
-        * (0.05 if value.ndim > 1 else 0.1)
-        for name, value in names.items()
-    }
-    torch.save(weights, path)
-    return path
 
 
 def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
@@ -130,27 +101,6 @@ def test_inception_is_read_from_a_file_without_unpickling_it(tmp_path: Path) -> 
     assert torch.equal(features, theirs(batch)[0])
     assert features.shape == (1, extractor.width)
     assert features.std() > 0
-
-
-def clip_folder(folder: Path) -> Path:
-    """A tiny CLIP with random weights and everything that a published one has beside it."""
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        vocab_size=49408, eos_token_id=49407, bos_token_id=49406, pad_token_id=49407,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-        model = CLIPModel(config)
-    model.save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, build_tokenizers(1)[0]).save_pretrained(folder)
-    return folder
 
 
 class _Plain(CLIPModel):
