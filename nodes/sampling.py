@@ -142,21 +142,24 @@ def sample(run: Run) -> dict[str, Any]:
     samples = comfy.sample.fix_empty_latent_channels(run.model, run.latent["samples"])
     noise = run.noise.first(samples)
     sigmas = k_diffusion.sigmas_of(run.plan, run.model.get_model_object("model_sampling"))
-    report = latent_preview.prepare_callback(run.model, len(sigmas) - 1)
+    num_steps = len(sigmas) - 1
+    show = latent_preview.prepare_callback(run.model, num_steps)
     common = {
         "denoise_mask": run.latent.get("noise_mask"),
         "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
         "seed": run.noise.seed,
     }
-    function, ahead = k_diffusion.sample_dmd2, sigmas
+    function, ahead, num_done = k_diffusion.sample_dmd2, sigmas, 0
     if run.base is not None:
         ddim = KSAMPLER(function, {"strength": DDIM})
         guider = _guider(run, run.base, sigmas)
+        report = _counted_from(0, num_steps, show)
         first = guider.sample(noise, samples, ddim, sigmas[:2], callback=report, **common)
         function = _from(run.base.model.process_latent_in(first))
-        ahead, report = sigmas[1:], _counted_from(1, len(sigmas) - 1, report)
+        ahead, num_done = sigmas[1:], 1
     solver = KSAMPLER(function, {"strength": run.strength, "noise_source": run.noise})
     guider = _guider(run, run.model, sigmas)
+    report = _counted_from(num_done, num_steps, show)
     result = guider.sample(noise, samples, solver, ahead, callback=report, **common)
     latent = {key: value for key, value in run.latent.items() if key not in DOWNSCALE_MARKS}
     return latent | {"samples": result.to(comfy.model_management.intermediate_device())}
