@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cli_files import add_export, add_merge
+from .cli_pairs import add_pairs
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
 from .output import check_output_directory, run_and_iteration
@@ -92,6 +93,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_merge(commands)
     _add_prepare(commands)
+    add_pairs(commands, _add_config_sources, _load_config)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
