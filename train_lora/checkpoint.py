@@ -40,11 +40,12 @@ LIBRARIES = ("dmd2", "torch", "diffusers", "peft", "accelerate", "safetensors")
 CHANGEABLE = (
     *("validation", "logging", "checkpoint", "export", "output.directory"),
     *("student.learning_rate", "critic.learning_rate", "gan.learning_rate"),
+    "regression.learning_rate",
     *("training.iterations", "training.batch_size", "training.gradient_accumulation_steps"),
     *("training.gradient_checkpointing", "training.compile", "training.max_nonfinite_in_a_row"),
 )
 """Sections and keys that a resumed run may set anew; of the batch, the total must stay."""
-MOVABLE = ("model.path", "data.prompts", "data.real_images", "data.cache")
+MOVABLE = ("model.path", "data.prompts", "data.real_images", "data.cache", "regression.pairs")
 """Paths that may be others, since the content is compared, but not appear or go."""
 
 
@@ -151,6 +152,7 @@ _REMEDIES = {
     "base model's hash": "set --model.path to the model that the run was started with",
     "number of prompts": "put the prompts back, or start a new run",
     "number of real images": "put the images back, or start a new run",
+    "number of pairs": "set --regression.pairs to those that the run was started with",
     "global batch": "set training.batch_size or training.gradient_accumulation_steps so that "
     "processes x batch_size x gradient_accumulation_steps is as before",
 }
@@ -159,7 +161,8 @@ _REMEDIES = {
 def _identity(trainer: Trainer) -> dict[str, Any]:
     """What must be the same for the run to be continued; the keys stand in messages."""
     data = trainer.data
-    return {
+    pairs = {} if data.pairs is None else {"number of pairs": len(data.pairs)}
+    return pairs | {
         "base model's hash": trainer.distiller.components.base_hash,
         "number of prompts": len(data.prompts),
         "number of real images": data.num_real_images,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .cli_evaluate import add_compare, add_evaluate
 from .cli_files import add_export, add_merge
+from .cli_pairs import add_pairs
 from .inputs import check_data, check_inputs, check_model
 from .messages import show_messages
 from .output import check_output_directory, run_and_iteration
@@ -95,6 +96,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_compare(commands)
     _add_prepare(commands)
+    add_pairs(commands, _add_config_sources, _load_config)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .config_regression import RegressionConfig
 from .config_results import (
     RESULTS,
     CheckpointConfig,
@@ -174,8 +175,13 @@ class BackwardSimulationConfig(Section):
 class TrainingConfig(Section):
     section: ClassVar[str] = "training"
 
+    objective: Literal["dmd2", "dmd"] = "dmd2"
+    """"dmd": that of the first paper (arXiv 2311.18828), with a regression loss on the teacher's
+    pairs in every update of the student. What is not set with it becomes that paper's:
+    sampling.steps 1, gan.enabled false, critic.updates_per_generator 1."""
+
     iterations: int = _number(16_000, low=1)
-    """Number of iterations, each with one critic update."""
+    """Number of iterations, each with one critic update but for those of the regression."""
 
     batch_size: int = _number(4, low=1)
     """Images in one forward pass."""
@@ -234,6 +240,7 @@ class Config:
     distribution_matching: DistributionMatchingConfig = DistributionMatchingConfig()
     gan: GanConfig = GanConfig()
     backward_simulation: BackwardSimulationConfig = BackwardSimulationConfig()
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -267,12 +274,15 @@ class Config:
                 f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
                 'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
             )
-        if self.critic.warmup_iterations >= self.training.iterations:
+        regression, critic = self.regression.warmup_iterations, self.critic.warmup_iterations
+        if regression + critic >= self.training.iterations:
+            added = f" and regression.warmup_iterations is {regression}" if regression else ""
             raise ValueError(
-                f"critic.warmup_iterations is {self.critic.warmup_iterations}, but "
-                f"training.iterations is {self.training.iterations}, so the student would never "
-                "be updated; set it lower."
+                f"critic.warmup_iterations is {critic}{added}, but training.iterations is "
+                f"{self.training.iterations}, so the student would never be updated with a critic; "
+                "set it lower."
             )
+        self._check_regression()
         if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
             raise ValueError(
                 f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
@@ -280,9 +290,36 @@ class Config:
                 "or gan.enabled to false."
             )
 
+    def _check_regression(self) -> None:
+        if not self.needs_pairs:
+            return
+        kept, warmup = self.training.objective == "dmd", self.regression.warmup_iterations
+        because = (
+            'training.objective is "dmd"' if kept else f"regression.warmup_iterations is {warmup}"
+        )
+        instead = 'training.objective to "dmd2"' if kept else "regression.warmup_iterations to 0"
+        if self.regression.pairs is None:
+            raise ValueError(
+                f"regression.pairs is not set, but {because}, which takes the teacher's pairs; "
+                f"name the folder that dmd2 pairs fills, or set {instead}."
+            )
+        steps = len(self.sampling.timesteps) or self.sampling.steps
+        if steps > 1:
+            key = "timesteps" if self.sampling.timesteps else "steps"
+            raise ValueError(
+                f"sampling.{key} is {show_value(getattr(self.sampling, key))}, but {because}, and "
+                "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
+                f"{instead}."
+            )
+
     @property
     def needs_real_images(self) -> bool:
         return self.gan.enabled or not self.backward_simulation.enabled
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the run takes (noise, teacher image) pairs."""
+        return self.regression.warmup_iterations > 0 or self.training.objective == "dmd"
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> value, with lists for tuples: what JSON can hold."""
@@ -295,7 +332,8 @@ class Config:
         for results in RESULTS:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
-        for section, key in (("model", "path"), ("student", "init"), *sources):
+        named = (("model", "path"), ("student", "init"), ("regression", "pairs"))
+        for section, key in (*named, *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -313,6 +351,7 @@ SECTIONS: dict[str, type[Section]] = {
         DistributionMatchingConfig,
         GanConfig,
         BackwardSimulationConfig,
+        RegressionConfig,
         TrainingConfig,
         ValidationConfig,
         LoggingConfig,

@@ -29,6 +29,16 @@ ABLATIONS: dict[str, tuple[str, Any]] = {
 }
 """What each name of `--ablate` sets."""
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dmd2": {},
+    "dmd": {
+        "sampling.steps": 1,
+        "gan.enabled": False,
+        "critic.updates_per_generator": 1,
+    },
+}
+"""What each `training.objective` sets, where what names it does not set it otherwise."""
+
 TYPES: dict[str, Any] = {
     f"{section}.{item.name}": get_type_hints(kind)[item.name]
     for section, kind in SECTIONS.items()
@@ -97,8 +107,12 @@ def _merged(
     if file is not None:
         layers.append(("file", read_toml(file)))
     typed = _parse_overrides(overrides)
+    if "training.objective" not in typed:
+        layers = _with_objective(layers)
     below = {key: value for _, layer in layers for key, value in layer.items()}
     layers.append(("cli", typed | _apply_ablations(ablations, below, typed)))
+    if "training.objective" in typed:
+        layers = _with_objective(layers)
 
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
@@ -106,6 +120,20 @@ def _merged(
         values |= layer
         origins |= dict.fromkeys(layer, origin)
     return values, origins
+
+
+def _with_objective(
+    layers: Sequence[tuple[Origin, dict[str, Any]]],
+) -> list[tuple[Origin, dict[str, Any]]]:
+    """The layer that decides on the objective gets what that sets, below its own values."""
+    last = max(place for place, (_, layer) in enumerate(layers) if "training.objective" in layer)
+    implied = dict(OBJECTIVES[layers[last][1]["training.objective"]])
+    if any(layer.get("sampling.timesteps") for _, layer in layers):
+        implied.pop("sampling.steps", None)  # it would have no effect
+    return [
+        (origin, implied | layer if place == last else layer)
+        for place, (origin, layer) in enumerate(layers)
+    ]
 
 
 def from_dict(nested: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -173,6 +201,15 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
             mark(rest_of(section, "enabled"), f"{section}.enabled")
     if config.needs_real_images and config.data.real_images == "teacher":
         found.pop("distribution_matching.guidance", None)  # the teacher's images take it as well
+    if config.needs_pairs:
+        found.pop("distribution_matching.guidance", None)
+    else:
+        of_pairs = rest_of("regression", "warmup_iterations")
+        mark(of_pairs, "regression.warmup_iterations", "training.objective")
+    if config.regression.warmup_iterations == 0:
+        mark(["regression.learning_rate"], "regression.warmup_iterations")
+    if config.training.objective != "dmd":
+        mark(["regression.weight"], "training.objective")
     _mark_data(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
@@ -240,7 +277,7 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
 
 def _build(values: Mapping[str, Any]) -> Config:
     missing = _missing(values)
-    if missing and missing != ["data.real_images"]:  # `Config` says why that one is needed
+    if not set(missing) <= {"data.real_images", "regression.pairs"}:  # `Config` says why these are
         section, _, name = missing[0].partition(".")
         others = f"; also needed: {', '.join(missing[1:])}" if missing[1:] else ""
         raise ValueError(
@@ -257,8 +294,10 @@ def _build(values: Mapping[str, Any]) -> Config:
 def _missing(values: Mapping[str, Any]) -> list[str]:
     """The keys that must be set and are not."""
     takes_images = values["gan.enabled"] or not values["backward_simulation.enabled"]
-    no_images = takes_images and values["data.real_images"] is None
-    return [k for k in TYPES if k not in values or (k == "data.real_images" and no_images)]
+    dmd = values["training.objective"] == "dmd"
+    takes_pairs = dmd or values["regression.warmup_iterations"] > 0
+    needed = {"data.real_images": takes_images, "regression.pairs": takes_pairs}
+    return [k for k in TYPES if k not in values or (needed.get(k, False) and values[k] is None)]
 
 
 def presets() -> dict[str, str]:

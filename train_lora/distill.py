@@ -27,6 +27,7 @@ from dmd2_core import (
     gan_generator_loss,
     guided,
     initial_sample,
+    regression_loss,
     sample_gradient,
     to_x0,
 )
@@ -58,6 +59,17 @@ class Batch:
     """Prompts for the student's samples, B rows."""
     real: RealImages | None = None
     """B real images; None where neither the GAN nor the student's input needs them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """What the teacher made of noise, deterministically: B rows each."""
+
+    noise: Tensor
+    """Unit Gaussian, (B, 4, H/8, W/8)."""
+    latents: Tensor
+    """Scaled, of the noise's shape, float32."""
+    condition: Condition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +131,13 @@ class Distiller:
         )
         return x_t, batch.condition
 
-    def generator_step(self, sample: StudentSample, draws: Draws) -> Figures:
-        """Accumulate the student's gradient at `sample` (eq. 2 and its own part of eq. 4)."""
+    def generator_step(
+        self, sample: StudentSample, draws: Draws, pairs: Pairs | None = None
+    ) -> Figures:
+        """Accumulate the student's gradient at `sample` (eq. 2 and its own part of eq. 4).
+
+        `pairs`: of the first paper's objective, for the regression loss beside these.
+        """
         x = sample.x0.detach()
         total = torch.zeros_like(x, dtype=torch.float32)
         figures: Figures = {}
@@ -139,7 +156,21 @@ class Distiller:
             figures |= {"loss/gan_generator": loss, "gradient/gan": gradient.norm()}
         with self.unet.role("student"):  # checkpointing recomputes the forward in here
             sample.x0.backward(total.to(sample.x0.dtype))
+        if pairs is not None:
+            figures |= self.regression_step(pairs, self.config.regression.weight)
         return figures
+
+    def regression_step(self, pairs: Pairs, weight: float = 1.0) -> Figures:
+        """Accumulate the student's gradient towards the teacher's images (arXiv 2311.18828, 3.2).
+
+        From the same noise, in one step: with the time told, and the coefficients, of inference.
+        """
+        x = initial_sample(self.components.schedule, self.plan, pairs.noise)
+        t = self.plan.times(self.plan.told(0), x)
+        with self.unet.role("student"):
+            loss = regression_loss(self.denoiser(x, t, pairs.condition), pairs.latents)
+            (weight * loss).backward()
+        return {"loss/regression": loss.detach()}
 
     @torch.no_grad()
     def _matching_gradient(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:

@@ -20,6 +20,12 @@ def check_inputs(config: Config, *, warm: bool) -> None:
         raise ValueError(
             f"student.init is {init!r}, which does not exist; name a LoRA file, or leave it out."
         )
+    pairs = config.regression.pairs
+    if config.needs_pairs and pairs is not None and not Path(pairs).is_dir():
+        raise ValueError(
+            f"regression.pairs is {pairs!r}, which does not exist; run dmd2 pairs with this "
+            "configuration, which fills it."
+        )
     if config.data.cache is None:  # else it holds their content, perhaps on another machine
         check_data(config)
 
@@ -29,9 +35,10 @@ def check_model(config: Config) -> None:
         check_model_path(config.model.path)
 
 
-def check_data(config: Config) -> None:
+def check_data(config: Config, *, pictures: bool = True) -> None:
+    """`pictures`: whether real images are looked for where the run takes any."""
     sources = {"data.prompts": config.data.prompts}
-    if config.needs_real_images:
+    if pictures and config.needs_real_images:
         assert config.data.real_images is not None
         sources["data.real_images"] = config.data.real_images
     for key, source in sources.items():

@@ -20,7 +20,7 @@ from .checkpoint import hand_over, num_bytes, tensors_of, write_state
 from .checkpoint_store import CheckpointStore
 from .config import Config
 from .data.training_data import TrainingData
-from .distill import Batch, Distiller, Figures
+from .distill import Batch, Distiller, Figures, Pairs
 from .distributed import largest, wait_for_all
 from .draws import Draws, sample_draws
 from .finish import CHECKPOINT_FILE, export_student, thumbnail_condition
@@ -198,12 +198,18 @@ class Trainer:
         )
 
     def iterate(self, iteration: int) -> Figures:
-        """One iteration: perhaps a student update, then always a critic update, on one sample."""
+        """One iteration: perhaps a student update, then always a critic update, on one sample.
+
+        Before these, where `regression` asks for it, updates of the student on the pairs alone.
+        """
         settings, critic = self.config.training, self.config.critic
-        updates_student = (
-            iteration >= critic.warmup_iterations
-            and (iteration - critic.warmup_iterations) % critic.updates_per_generator == 0
-        )
+        first_of_critic = self.config.regression.warmup_iterations
+        if iteration < first_of_critic:
+            return self._regress(iteration)
+        if 0 < iteration == first_of_critic:  # another loss, so other moments
+            self.student.optimizer.state.clear()
+        since = iteration - first_of_critic - critic.warmup_iterations
+        updates_student = since >= 0 and since % critic.updates_per_generator == 0
         step = self.step_index(iteration)
         figures: Figures = {}
         parts: list[Figures] = []
@@ -215,7 +221,8 @@ class Trainer:
                     batch, step, draws, with_graph=updates_student
                 )
                 if updates_student:
-                    parts.append(self.distiller.generator_step(sample, draws))
+                    pairs = self._pairs(iteration, micro) if settings.objective == "dmd" else None
+                    parts.append(self.distiller.generator_step(sample, draws, pairs))
             consumed.append((sample.detached(), batch, draws))
         if updates_student:
             figures |= self._apply(self.student, "student", parts, iteration)
@@ -227,6 +234,18 @@ class Trainer:
                 parts.append(self.distiller.critic_step(sample, batch, draws))
         return figures | self._apply(self.critic, "critic", parts, iteration)
 
+    def _regress(self, iteration: int) -> Figures:
+        """One update of the student on the teacher's pairs."""
+        settings, parts = self.config.training, []
+        for micro in range(settings.gradient_accumulation_steps):
+            with self.accelerator.autocast():
+                parts.append(self.distiller.regression_step(self._pairs(iteration, micro)))
+        faster = self.config.regression.learning_rate / self.config.student.learning_rate
+        figures = self._apply(self.student, "student", parts, iteration, faster=faster)
+        if not self.student.skipped_in_a_row:
+            self.average.update()
+        return figures
+
     def step_index(self, iteration: int) -> int:
         """Where backward simulation stops: the same on every rank and in every micro-batch."""
         generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
@@ -234,8 +253,7 @@ class Trainer:
 
     def _batch_and_draws(self, iteration: int, micro: int) -> tuple[Batch, Draws]:
         """This process's part of the global batch, which is one however it is split."""
-        settings, ranks = self.config.training, self.accelerator.num_processes
-        first = (micro * ranks + self.accelerator.process_index) * settings.batch_size
+        settings, first = self.config.training, self._first_of(micro)
         batch = self.data.batch(
             first=iteration * self.global_batch + first,
             size=settings.batch_size,
@@ -246,13 +264,36 @@ class Trainer:
         )
         return batch, draws
 
+    def _pairs(self, iteration: int, micro: int) -> Pairs:
+        """This process's part of the iteration's pairs."""
+        settings = self.config.training
+        return self.data.pair_batch(
+            first=iteration * self.global_batch + self._first_of(micro),
+            size=settings.batch_size,
+            seed=derived_seed(settings.seed, ORDER_STREAM),
+        )
+
+    def _first_of(self, micro: int) -> int:
+        """Place in the global batch of this process's part."""
+        part = micro * int(self.accelerator.num_processes) + self.accelerator.process_index
+        return part * self.config.training.batch_size
+
     def _apply(
-        self, update: Update, name: str, parts: Sequence[Figures], iteration: int
+        self,
+        update: Update,
+        name: str,
+        parts: Sequence[Figures],
+        iteration: int,
+        *,
+        faster: float = 1.0,
     ) -> Figures:
-        """Step, or skip what is not finite; returns the micro-batches' mean figures and its own."""
+        """Step, or skip what is not finite; returns the micro-batches' mean figures and its own.
+
+        `faster`: factor of the learning rates.
+        """
         figures = mean_figures(parts)
         broken = [n for n, v in figures.items() if n.startswith("loss/") and not v.isfinite()]
-        factor = rate_factor(self.config.training, iteration)
+        factor = faster * rate_factor(self.config.training, iteration)
         norm = update.apply(len(parts), losses_finite=not broken, rate_factor=factor)
         figures[f"gradient_norm/{name}"] = norm
         if update.skipped_in_a_row:

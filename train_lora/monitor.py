@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Short names for the bar; everything else is in the records.
 BAR_FIGURES = {
+    "loss/regression": "regression",
     "loss/critic": "critic",
     "loss/matching": "matching",
     "loss/gan_generator": "gan_g",

@@ -15,7 +15,7 @@ from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
 from .config_text import to_toml
-from .data.cache import AGAIN
+from .data.cache import CACHE, PAIRS
 from .data.freshness import changed_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
@@ -112,7 +112,7 @@ def _train(
     )
     directory = Path(config.output.directory)
     check_inputs(config, warm=checkpoint is None)
-    if config.data.cache is not None and accelerator.is_main_process:
+    if accelerator.is_main_process:
         _check_freshness(config, resumed=checkpoint is not None)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
@@ -146,12 +146,14 @@ def _check_freshness(config: Config, *, resumed: bool) -> None:
 
     A run that goes on has trained on what was prepared, and stays what it is.
     """
-    changes = changed_sources(config)
-    if changes is None:
-        return
-    if not resumed:
-        raise ValueError(f"{changes}; {AGAIN}, which encodes only what changed.")
-    log.warning("%s: the run goes on with what was prepared then", changes)
+    used = {CACHE: config.data.cache is not None, PAIRS: config.needs_pairs}
+    for kind in (kind for kind, is_used in used.items() if is_used):
+        changes = changed_sources(config, kind)
+        if changes is None:
+            continue
+        if not resumed:
+            raise ValueError(f"{changes}; {kind.again}, which encodes only what changed.")
+        log.warning("%s: the run goes on with what was prepared then", changes)
 
 
 def build_trainer(

@@ -116,6 +116,7 @@ RECIPES = {
         conditioning_timestep=399,
         settings={
             "model.path": "{}/dmd2_demo_teacher.safetensors",
+            "regression.warmup_iterations": 0,  # test_regression.py has one
             "data.prompts": "{}/saved",
             "data.real_images": "hub:someone/pictures",
             "data.stream": "true",

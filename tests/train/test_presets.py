@@ -23,7 +23,8 @@ ONE_GPU = ["sdxl-4step-24gb", "sdxl-4step-16gb", "sdxl-4step-12gb"]
 
 def resolved(name: str, **overrides: object) -> Config:
     """The preset with the four paths that it leaves open, and `section__key=value`."""
-    given = PATHS | {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    pairs = {"regression.pairs": "pairs"} if name == "sdxl-1step" else {}
+    given = PATHS | pairs | {key.replace("__", "."): str(value) for key, value in overrides.items()}
     return load(preset=name, overrides=list(given.items())).config
 
 
@@ -55,7 +56,9 @@ def test_the_figures_are_the_papers() -> None:
         assert (config.gan.generator_weight, config.gan.critic_weight) == (5e-3, 1e-2)
         assert (config.student.rank, config.student.alpha) == (64, 8)
         assert config.student.learning_rate == config.critic.learning_rate == 5e-5
-    assert (four.training.iterations, one.training.iterations) == (16_000, 25_000)
+    assert (four.training.iterations, one.training.iterations) == (16_000, 3_000 + 25_000)
+    assert one.regression.warmup_iterations == 3_000
+    assert one.regression.num_pairs == 10_000
     assert step_plan(four).timesteps == (999, 749, 499, 249)
     for config in (one, small):
         assert step_plan(config).timesteps == (999,)

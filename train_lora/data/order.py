@@ -16,7 +16,7 @@ from torch import Tensor
 from dmd2_core import derived_generator, derived_seed
 
 BLOCK_STEPS = 1024
-PROMPT_STREAM, IMAGE_STREAM, BUCKET_STREAM = range(3)
+PROMPT_STREAM, IMAGE_STREAM, BUCKET_STREAM, PAIR_STREAM = range(4)
 
 
 def shuffled_indices(num_samples: int, first: int, count: int, seed: int) -> Tensor:

@@ -153,6 +153,6 @@ def _handle(path: Path) -> Any:
         return safe_open(path, framework="pt").__enter__()
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} of the cache is missing or damaged ({error}); run dmd2 prepare again, which "
-            "makes it anew."
+            f"{path} is missing or damaged ({error}); run again what made it (dmd2 prepare or "
+            "dmd2 pairs), which makes it anew."
         ) from error

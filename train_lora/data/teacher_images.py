@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from dmd2_core import StepPlan, derived_seed
 
@@ -59,25 +60,45 @@ def _draw(
     size: Size,
     teacher: SharedUNet | None,
 ) -> Encoded:
+    seed = derived_seed(config.training.seed, NOISE_SEED)
+    latents = teacher_latents(config, components, captions, first, size, teacher, seed=seed)
+    ids = torch.tensor([bucket_ids(size)] * len(captions)).float()
+    part = Part(columns={"latents": latents, "ids": ids}, captions=captions)
+    return Encoded(parts={str(size): part})
+
+
+def teacher_latents(
+    config: Config,
+    components: Components,
+    captions: Sequence[str],
+    first: int,
+    size: Size,
+    teacher: SharedUNet | None,
+    *,
+    seed: int,
+    steps: int = TEACHER_STEPS,
+) -> Tensor:
+    """The teacher's deterministic, guided samples: (n, 4, H/8, W/8) float32 on the CPU.
+
+    Sample i starts from `initial_noise` of (seed, first + i).
+    """
     unet = teacher or SharedUNet(components.unet, {}, seed=0, autocast=autocast_dtype(config))
     unet.to(components.vae.device)
     batch, latents = config.training.batch_size, []
     for start in range(0, len(captions), batch):
         condition = encode_prompts(
-            components, captions[start : start + batch], size.height_px, size.width_px
+            components, list(captions[start : start + batch]), size.height_px, size.width_px
         )
         drawn = sample_latents(
             unet,
             TEACHER,
             components,
             condition,
-            StepPlan.evenly(TEACHER_STEPS),
-            seed=derived_seed(config.training.seed, NOISE_SEED),
+            StepPlan.evenly(steps),
+            seed=seed,
             first_index=first + start,
             guidance=config.distribution_matching.guidance,
             strength=0.0,
         )
         latents.append(drawn.float().cpu())
-    ids = torch.tensor([bucket_ids(size)] * len(captions)).float()
-    part = Part(columns={"latents": torch.cat(latents), "ids": ids}, captions=captions)
-    return Encoded(parts={str(size): part})
+    return torch.cat(latents)

@@ -10,15 +10,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dmd2_core import derived_seed
+
 from ..config import Config
-from ..distill import Batch, RealImages
+from ..distill import Batch, Pairs, RealImages
 from ..models.components import Components
 from ..models.roles import SharedUNet
-from ..models.text import Condition, encode_prompts, size_ids
-from .cache import open_cache
+from ..models.text import LATENT_PX, Condition, encode_prompts, size_ids
+from .cache import open_cache, open_pairs
 from .demo_data import DEMO, check_demo_size, demo_captions, demo_samples
 from .encode import Part, Unit, encode_captions, picture_units, text_columns
-from .order import SampleOrder
+from .order import PAIR_STREAM, SampleOrder, shuffled_indices
 from .prompts import read_prompts
 from .sizes import Size, sdxl_sizes
 from .sources import open_samples
@@ -52,6 +54,8 @@ class TrainingData:
     """How captions are encoded during training; None where the tables hold their embeddings."""
     images_tell_their_size: bool = False
     """`data.size_ids = "image"`."""
+    pairs: Table | None = None
+    """The teacher's (noise, image) pairs, all of one size; None where the run takes none."""
 
     @property
     def captions(self) -> Sequence[str]:
@@ -96,6 +100,20 @@ class TrainingData:
             condition=self._condition(bucket.images, rows.images, ids, columns),
         )
         return Batch(condition=self._condition(self.prompts, rows.prompts, ids), real=real)
+
+    def pair_batch(self, *, first: int, size: int, seed: int) -> Pairs:
+        """Pairs `first` .. `first + size - 1` of their endless order, over all ranks and steps."""
+        assert self.pairs is not None
+        place = derived_seed(seed, PAIR_STREAM)
+        rows = shuffled_indices(len(self.pairs), first, size, place)
+        columns = self.pairs.rows(rows)
+        height, width = columns["latents"].shape[2:]
+        ids = size_ids(size, LATENT_PX * height, LATENT_PX * width)
+        return Pairs(
+            noise=columns["noise"].to(self.device),
+            latents=columns["latents"].to(self.device),
+            condition=self._condition(self.pairs, rows, ids, columns),
+        )
 
     def _condition(
         self, table: Table, rows: Tensor, ids: Tensor, columns: dict[str, Tensor] | None = None
@@ -176,6 +194,7 @@ def load_training_data(
         device=components.vae.device,
         encode_text=(lambda texts: encode_prompts(components, texts, px, px)) if online else None,
         images_tell_their_size=settings.size_ids == "image",
+        pairs=open_pairs(config, components) if config.needs_pairs else None,
     )
 
 
