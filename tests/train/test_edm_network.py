@@ -189,6 +189,10 @@ def test_a_file_gives_back_the_network(tmp_path) -> None:
     ("change", "message"),
     [
         (lambda s: s.pop("model.enc.8x8_conv.weight"), "is no EDM network"),
+        (
+            lambda s: s.update({"model.enc.8x8_conv.weight": torch.ones(32)}),
+            r"8x8_conv\.weight has shape \(32,\), which no EDM network has",
+        ),
         (lambda s: s.pop("model.out_conv.bias"), r"model\.out_conv\.bias is missing"),
         (
             lambda s: s.update({"model.dec.8x8_aux_norm.weight": torch.ones(32)}),

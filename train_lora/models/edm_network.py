@@ -82,31 +82,31 @@ def infer_config(shapes: Mapping[str, Size], metadata: Mapping[str, str]) -> EDM
     ValueError, naming a tensor, if no network of this kind has exactly these.
     """
     first = next((match for match in map(_FIRST.fullmatch, sorted(shapes)) if match), None)
-    inner = shapes.get("model.map_layer0.weight")
-    if first is None or inner is None or len(inner) != 2:
+    if first is None or "model.map_layer0.weight" not in shapes:
         raise ValueError(
             "this is no EDM network: the tensors model.enc.64x64_conv.weight (or of another "
             "resolution) and model.map_layer0.weight are not there; convert a published EDM "
             "checkpoint of the ADM architecture with python -m train_lora.convert_edm"
         )
-    side, base = int(first[1]), inner[1]
+    side, base = int(first[1]), _length(shapes, "model.map_layer0.weight", 1)
     factors, attention = [], []
     level_px = side
-    while (
-        level_px and (name := f"model.enc.{level_px}x{level_px}_block0") + ".conv0.weight" in shapes
-    ):
-        factors.append(shapes[name + ".conv0.weight"][0] // base)
-        if name + ".qkv.weight" in shapes:
+    while level_px:
+        block = f"model.enc.{level_px}x{level_px}_block0"
+        if f"{block}.conv0.weight" not in shapes:
+            break
+        factors.append(_length(shapes, f"{block}.conv0.weight", 0) // base)
+        if f"{block}.qkv.weight" in shapes:
             attention.append(level_px)
         level_px //= 2
     blocks = 0
     while f"model.enc.{side}x{side}_block{blocks}.conv0.weight" in shapes:
         blocks += 1
-    labels = shapes.get("model.map_label.weight")
+    labels = "model.map_label.weight"
     config = EDMConfig(
         resolution_px=side,
-        channels=shapes[first[0]][1],
-        classes=labels[1] if labels is not None else 0,
+        channels=_length(shapes, first[0], 1),
+        classes=_length(shapes, labels, 1) if labels in shapes else 0,
         width=base,
         width_factors=tuple(factors),
         blocks=blocks,
@@ -116,6 +116,17 @@ def infer_config(shapes: Mapping[str, Size], metadata: Mapping[str, str]) -> EDM
     )
     _check_shapes(shapes, config)
     return config
+
+
+def _length(shapes: Mapping[str, Size], name: str, axis: int) -> int:
+    """How long the tensor is along `axis`, at least 1."""
+    shape = shapes[name]
+    if axis >= len(shape) or shape[axis] < 1:
+        raise ValueError(
+            f"the tensor {name} has shape {tuple(shape)}, which no EDM network has: "
+            "the file is damaged"
+        )
+    return shape[axis]
 
 
 def parameter_shapes(config: EDMConfig) -> dict[str, Size]:
