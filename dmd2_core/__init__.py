@@ -11,13 +11,23 @@ from .losses import (
     denoising_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
+    edm_loss_weight,
     gan_critic_loss,
     gan_generator_loss,
     regression_loss,
     sample_gradient,
 )
 from .noise import INITIAL_STEP, SeededNoise, derived_generator, derived_seed, initial_noise
-from .prediction import Denoiser, Prediction, edm_preconditioned, from_x0, target, to_x0
+from .prediction import (
+    Denoiser,
+    EDMScalings,
+    Prediction,
+    edm_preconditioned,
+    edm_scalings,
+    from_x0,
+    target,
+    to_x0,
+)
 from .recipe import Recipe
 from .schedule import (
     EDMSchedule,
@@ -33,6 +43,7 @@ __all__ = [
     "FAMILIES",
     "INITIAL_STEP",
     "Denoiser",
+    "EDMScalings",
     "EDMSchedule",
     "FlowSchedule",
     "MiddleBlockHead",
@@ -50,7 +61,9 @@ __all__ = [
     "derived_seed",
     "distribution_matching_gradient",
     "distribution_matching_loss",
+    "edm_loss_weight",
     "edm_preconditioned",
+    "edm_scalings",
     "family_recipe",
     "few_step_sample",
     "from_x0",

@@ -60,6 +60,16 @@ def denoising_loss(
     return error.mean() if weight is None else (weight * error).mean()
 
 
+def edm_loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """(sigma^2 + sigma_data^2) / (sigma * sigma_data)^2, in `sigma`'s shape and dtype.
+
+    EDM's weight of the squared error in x0 (arXiv 2206.00364, table 1): 1 / c_out^2, so the raw
+    network's error counts alike at every noise level. Its denoising loss, and that of the critic
+    beside an EDM teacher, is `denoising_loss("sample", ..., weight=edm_loss_weight(sigma))`.
+    """
+    return sigma**-2 + sigma_data**-2
+
+
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
     """mean softplus(-fake): small when the head takes the student's samples, (B,), for real."""
     return F.softplus(-_wide(fake_logits)).mean()

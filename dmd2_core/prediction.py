@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar, assert_never, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, assert_never, get_args
 
 from torch import Tensor
 
@@ -110,23 +110,44 @@ class Denoiser(Generic[Condition]):
         return to_x0(self.prediction, output, x_t, alpha, sigma)
 
 
+class EDMScalings(NamedTuple):
+    """The factors around a raw EDM network F (arXiv 2206.00364, table 1): shape of sigma.
+
+    D(x, sigma) = skip * x + out * F(inner * x, noise).
+    """
+
+    skip: Tensor
+    out: Tensor
+    inner: Tensor
+    noise: Tensor
+
+
+def edm_scalings(sigma: Tensor, sigma_data: float = 0.5) -> EDMScalings:
+    """c_skip, c_out, c_in and c_noise at noise level `sigma` > 0, in its shape and dtype."""
+    total = (sigma**2 + sigma_data**2).sqrt()
+    return EDMScalings(
+        skip=sigma_data**2 / total**2,
+        out=sigma * sigma_data / total,
+        inner=1.0 / total,
+        noise=sigma.log() / 4,
+    )
+
+
 def edm_preconditioned(
     network: Callable[[Tensor, Tensor, Condition], Tensor], *, sigma_data: float = 0.5
 ) -> Callable[[Tensor, Tensor, Condition], Tensor]:
-    """A raw EDM network F as a network that predicts "sample" (arXiv 2206.00364, eq. 7, table 1).
+    """A raw EDM network F as a network that predicts "sample" (arXiv 2206.00364, eq. 7).
 
-    D(x, sigma) = c_skip * x + c_out * F(c_in * x, c_noise); `sigma`: (B,), the time of
-    EDMSchedule. Computed in float64, F called and D returned in `x`'s dtype.
+    `sigma`: (B,), the time of EDMSchedule. Computed in float64, F called and D returned in `x`'s
+    dtype.
     """
     schedule = EDMSchedule()
 
     def preconditioned(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         _, sigma = coefficients(schedule, t, x_t)
-        total = (sigma**2 + sigma_data**2).sqrt()
-        c_noise = (schedule.sigma(t).log() / 4).to(x_t.dtype)
-        inner = network((x_t / total).to(x_t.dtype), c_noise, condition)
-        c_skip = sigma_data**2 / total**2
-        c_out = sigma * sigma_data / total
-        return (c_skip * x_t + c_out * inner).to(x_t.dtype)
+        scale = edm_scalings(sigma, sigma_data)
+        noise = scale.noise.flatten().to(x_t.dtype)
+        inner = network((scale.inner * x_t).to(x_t.dtype), noise, condition)
+        return (scale.skip * x_t + scale.out * inner).to(x_t.dtype)
 
     return preconditioned

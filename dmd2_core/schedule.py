@@ -111,18 +111,7 @@ class VPSchedule:
         return k_sigma(self, t)
 
     def _abar(self, t: Tensor) -> Tensor:
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise ValueError(
-                f"timesteps of a VP schedule are integers, got dtype {t.dtype}: use t.long()"
-            )
-        index = t.to("cpu", torch.int64)
-        outside = index[(index < 0) | (index >= self.num_timesteps)]
-        if len(outside):
-            raise ValueError(
-                f"timestep {int(outside[0])} is outside 0..{self.num_timesteps - 1}: "
-                "pick one the model was trained on"
-            )
-        return self.alphas_cumprod[index].to(t.device, coefficient_dtype(t.device))
+        return _look_up(self.alphas_cumprod, t)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +153,14 @@ class EDMSchedule:
         )
         return root**self.rho
 
+    def step_levels(self, steps: Tensor, num: int = NUM_TIMESTEPS) -> Tensor:
+        """The noise level of each of `steps`, integers 0 .. num - 1, shape of `steps`.
+
+        Step 0 is sigma_min and step num - 1 sigma_max, as t = 0 is the cleanest of VP steps, so
+        that a range of steps (20..980 for the matching loss) means the same share of both.
+        """
+        return _look_up(self.karras_levels(num).flip(0), steps)
+
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
@@ -176,6 +173,20 @@ class FlowSchedule:
     def sigma(self, t: Tensor) -> Tensor:
         """`t` itself."""
         return t.to(coefficient_dtype(t.device))
+
+
+def _look_up(table: Tensor, steps: Tensor) -> Tensor:
+    """table[steps] on the device of `steps`, in `coefficient_dtype`; `table`: (T,), on the CPU."""
+    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+        raise ValueError(f"timesteps are integers here, got dtype {steps.dtype}: use t.long()")
+    index = steps.to("cpu", torch.int64)
+    outside = index[(index < 0) | (index >= len(table))]
+    if len(outside):
+        raise ValueError(
+            f"timestep {int(outside[0])} is outside 0..{len(table) - 1}: "
+            "pick one the model was trained on"
+        )
+    return table[index].to(steps.device, coefficient_dtype(steps.device))
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2_core import (
+    EDMSchedule,
     Prediction,
     VPSchedule,
+    add_noise,
     coefficients,
     denoising_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
+    edm_loss_weight,
+    edm_preconditioned,
+    edm_scalings,
     gan_critic_loss,
     gan_generator_loss,
     regression_loss,
@@ -106,6 +111,24 @@ def test_denoising_loss_of_a_bf16_network_is_float32() -> None:
     expected = (eps.bfloat16().float() - eps).square().mean()
     # float32 means of 72 numbers in two orders.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_edm_weight_counts_the_raw_networks_error_alike_at_every_level() -> None:
+    x0, eps, raw = randn(3, 4, 3, 4, 4)
+    sigma = EDMSchedule().step_levels(torch.tensor([0, 300, 700, 999]))
+    # By hand: 1 / 0.5^2 + 1 / sigma^2; both forms of the paper's table in float64.
+    assert edm_loss_weight(torch.tensor(0.5)).item() == 8.0
+    torch.testing.assert_close(
+        edm_loss_weight(sigma), (sigma**2 + 0.25) / (sigma * 0.5) ** 2, rtol=1e-14, atol=0
+    )
+    alpha, wide = coefficients(EDMSchedule(), sigma, x0)
+    x_t = add_noise(EDMSchedule(), x0, eps, sigma)
+    denoised = edm_preconditioned(lambda x, t, condition: raw)(x_t, sigma, None)
+    scale = edm_scalings(wide)
+    raw_error = raw - (x0 - scale.skip * x_t) / scale.out
+    loss = denoising_loss("sample", denoised, x0, eps, alpha, wide, edm_loss_weight(sigma))
+    # float64, but D - x0 is a difference of numbers near 1 of size 0.002 at the cleanest level.
+    torch.testing.assert_close(loss, raw_error.square().mean(), rtol=1e-10, atol=0)
 
 
 def test_gan_losses_by_hand_and_at_extremes() -> None:

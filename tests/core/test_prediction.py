@@ -1,5 +1,6 @@
 """Conversions between what networks predict and x0: round trips, zero SNR, EDM preconditioning."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -17,6 +18,7 @@ from dmd2_core import (
     add_noise,
     coefficients,
     edm_preconditioned,
+    edm_scalings,
     from_x0,
     target,
     to_x0,
@@ -152,3 +154,19 @@ def test_edm_preconditioning_agrees_with_diffusers() -> None:
     theirs = scheduler.precondition_outputs(x_t, inner, wide)
     # Same formulas in float64.
     torch.testing.assert_close(denoiser(x_t, sigma, None), theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_edm_scalings_keep_the_raw_networks_variances_at_one() -> None:
+    sigma = torch.tensor([0.002, 0.3, 0.5, 7.0, 80.0], dtype=torch.float64)
+    skip, out, inner, _ = edm_scalings(sigma, 0.5)
+    data, ones = 0.5, torch.ones(5).double()
+    # Input c_in * x and target (x0 - c_skip * x) / c_out, for data of variance data^2: float64.
+    torch.testing.assert_close(inner**2 * (data**2 + sigma**2), ones, rtol=1e-14, atol=0)
+    target_variance = ((1 - skip) ** 2 * data**2 + skip**2 * sigma**2) / out**2
+    # 1 - skip loses digits where skip is within (sigma / data)^2 = 2e-5 of one.
+    torch.testing.assert_close(target_variance, ones, rtol=1e-10, atol=0)
+    # At sigma = sigma_data, where signal and noise are equal.
+    at = edm_scalings(torch.tensor(0.5, dtype=torch.float64))
+    assert [value.item() for value in at] == pytest.approx(
+        [0.5, 0.5 / 2**0.5, 2**0.5, math.log(0.5) / 4], rel=1e-15
+    )

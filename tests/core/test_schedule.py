@@ -101,6 +101,41 @@ def test_edm_levels_agree_with_diffusers() -> None:
     assert torch.equal(k_sigma(EDMSchedule(), levels), levels)
 
 
+def test_edm_steps_are_karras_levels_from_clean_to_noisy() -> None:
+    steps = torch.tensor([[0, 20], [980, 999]])
+    clean, noisy = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    by_hand = [(clean + step / 999 * (noisy - clean)) ** 7 for step in (0, 20, 980, 999)]
+    levels = EDMSchedule().step_levels(steps)
+    # Powers of 1/7 and 7 in float64, the second multiplying the error of the first by 7.
+    torch.testing.assert_close(
+        levels, torch.tensor(by_hand, dtype=torch.float64).view(2, 2), rtol=1e-13, atol=0
+    )
+    every = EDMSchedule().step_levels(torch.arange(1000))
+    assert torch.equal(every.flip(0), EDMSchedule().karras_levels())
+    assert torch.equal(
+        EDMSchedule().step_levels(torch.arange(10), 10).flip(0), EDMSchedule().karras_levels(10)
+    )
+
+
+def test_edm_noising_adds_sigma_times_noise() -> None:
+    x0, eps = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(3)).double()
+    sigma = EDMSchedule().step_levels(torch.tensor([0, 500, 999]))
+    noised = add_noise(EDMSchedule(), x0, eps, sigma)
+    assert torch.equal(noised, x0 + sigma.view(3, 1, 1, 1) * eps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (torch.tensor([1000]), r"1000 is outside 0\.\.999"),
+        (torch.tensor([0.5]), "are integers here"),
+    ],
+)
+def test_wrong_edm_steps_are_refused(steps: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EDMSchedule().step_levels(steps)
+
+
 def test_coefficients_broadcast_over_the_batch() -> None:
     like = torch.zeros(3, 4, 8, 8)
     alpha, sigma = coefficients(VPSchedule.sdxl(), torch.tensor([0, 10, 999]), like)
