@@ -141,5 +141,5 @@ def _lost(error: RuntimeError) -> ConnectionError:
     return ConnectionError(
         f"Process {dist.get_rank()} lost the other processes of this run, one of which has "
         f"ended or cannot be reached; what it said last tells why ({reason}). "
-        "Saved checkpoints are untouched: go on with dmd2 train --resume RUNDIR."
+        "What was saved is untouched: start the command again, or a training with --resume RUNDIR."
     )
