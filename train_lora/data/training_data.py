@@ -167,6 +167,7 @@ def load_training_data(
     settings, training = config.data, config.training
     if settings.cache is None:
         check_sources(config)
+    pairs = open_pairs(config, components) if config.needs_pairs else None
     tables: dict[Size, Table] = {}
     if settings.cache is not None:
         cached, pictures = open_cache(config, components)
@@ -194,7 +195,7 @@ def load_training_data(
         device=components.vae.device,
         encode_text=(lambda texts: encode_prompts(components, texts, px, px)) if online else None,
         images_tell_their_size=settings.size_ids == "image",
-        pairs=open_pairs(config, components) if config.needs_pairs else None,
+        pairs=pairs,
     )
 
 
