@@ -64,6 +64,13 @@ class StepPlan:
                     f"conditioning_timestep {self.conditioning_timestep} belongs to pure noise, "
                     f"but start is {self.start}: leave one of them out"
                 )
+            following = self.timesteps[1:2]
+            if following and not self.conditioning_timestep > following[0]:
+                raise ValueError(
+                    f"timesteps must descend, but the conditioning timestep "
+                    f"{self.conditioning_timestep} comes before {following[0]}: use 1 step, or "
+                    f"later timesteps below {self.conditioning_timestep}"
+                )
 
     @classmethod
     def evenly(

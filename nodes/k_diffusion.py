@@ -135,11 +135,6 @@ def sigmas_of(plan: StepPlan, model_sampling: Any) -> Tensor:
     """
     check_discrete(model_sampling)
     steps = [plan.told(index) for index in range(plan.start, len(plan.timesteps))]
-    if len(steps) > 1 and not steps[0] > steps[1]:
-        raise ValueError(
-            f"timesteps must descend, but the conditioning timestep {steps[0]} comes before "
-            f"{steps[1]}: use 1 step, or later timesteps below {steps[0]}"
-        )
     outside = [step for step in steps if step >= len(model_sampling.sigmas)]
     if outside:
         raise ValueError(

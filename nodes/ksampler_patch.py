@@ -56,7 +56,7 @@ class KSamplerPatch(io.ComfyNode):
     def execute(cls, model: Any, steps: int, recipe: Recipe | None = None) -> io.NodeOutput:
         sampling = model.get_model_object("model_sampling")
         k_diffusion.check_discrete(sampling)
-        recipe = recipe_for(model, recipe) if steps == 0 else None
+        connected, recipe = recipe, recipe_for(model, recipe) if steps == 0 else None
         check_fits(recipe, sampling)
         patched = model.clone()
         told = k_diffusion.conditioning_timestep_of(sampling)
@@ -72,7 +72,7 @@ class KSamplerPatch(io.ComfyNode):
         wrapper = on_trained_steps(trained, sampling, cfg)
         patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, wrapper)
-        text = settings.describe_plan(plan, 1.0)
+        text = settings.describe_plan(plan, 1.0, connected or recipe)
         return io.NodeOutput(patched, text, ui={"text": (text,)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.utils
@@ -93,7 +94,7 @@ class LoadLoRA(io.ComfyNode):
         report = lora.report(
             applied,
             [*recipes.disagreements(recipe, sampling), *_twice(earlier, recipe)],
-            _origin(family, recipe),
+            _origin(family, recipe, metadata),
             strength,
             lora_name,
         )
@@ -121,10 +122,22 @@ def read_lora(name: str) -> tuple[dict[str, Any], dict[str, str] | None]:
         ) from error
 
 
-def _origin(family: str, recipe: Recipe | None) -> str:
+def _origin(family: str, recipe: Recipe | None, metadata: Mapping[str, str] | None) -> str:
     """Where the recipe is from and what it says."""
     said = settings.describe(recipe)
-    return said if family == FROM_FILE else f"Chosen family {family}. {said}"
+    if family == FROM_FILE:
+        return said
+    said = f"Chosen family {family}. {said}"
+    try:
+        own = Recipe.from_metadata(metadata)
+    except ValueError:  # damaged: the family is the remedy
+        return said
+    if own is None:
+        return said
+    return (
+        f"{said} The file has a recipe of its own, which this replaces; unless you know better, "
+        f'set family to "{FROM_FILE}". Its own: {settings.describe(own)}'
+    )
 
 
 def _twice(earlier: Recipe | None, recipe: Recipe | None) -> list[str]:

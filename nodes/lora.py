@@ -146,6 +146,8 @@ def report(
         if modules:
             listed = ", ".join(modules[:5]) + (", ..." if len(modules) > 5 else "")
             warnings.insert(0, f"Not applied: {len(modules)} modules {reason}: {listed}.")
+    if len(applied.missing) > total // 10:
+        warnings.insert(0, "Too much of the LoRA is missing for the picture it was trained for.")
     logging.info("DMD2: %s", done)
     for line in warnings:
         logging.warning("DMD2: %s: %s", name, line)

@@ -88,9 +88,8 @@ class MergeCheck(io.ComfyNode):
                 model.set_attachments(recipes.RECIPE_ATTACHMENT, recipe)
             else:
                 probable += lora_presence.named_in(metadata | {"file name": checkpoint})
-        if lora_name != NONE:
-            _weigh(model, lora_name, certain, probable)
-        report = _report(certain, probable, recipe)
+        unclear = "" if lora_name == NONE else _weigh(model, lora_name, certain, probable)
+        report = _report(certain, probable, recipe) + unclear
         if lora_name != NONE and certain and refuse:
             raise ValueError(
                 f"{report} {lora_name} would be the second one: leave it out, use the checkpoint "
@@ -115,19 +114,22 @@ def _metadata(checkpoint: str) -> dict[str, str]:
         raise ValueError(f"{checkpoint} cannot be read ({error}): download it again") from error
 
 
-def _weigh(model: Any, lora_name: str, certain: list[str], probable: list[str]) -> None:
-    """Add what the weights say about this LoRA."""
+def _weigh(model: Any, lora_name: str, certain: list[str], probable: list[str]) -> str:
+    """Add what the weights say about this LoRA; or a sentence why they say nothing."""
     tensors, _ = read_lora(lora_name)
     share = lora_presence.share_of(model, tensors)
     if share is None:
         raise ValueError(
             f"no layer of {lora_name} fits this model: it was made for another architecture"
         )
-    said = f"{share:.2f} of {lora_name} is in its weights (1: all of it)"
-    if share >= lora_presence.PRESENT:
+    if not share.is_known:
+        return f" {lora_name} changes too little for its trace in the weights to be told."
+    said = f"{share.value:.2f} of {lora_name} is in its weights (0.7 to 1: all of it)"
+    if share.value >= lora_presence.PRESENT:
         certain.append(said)
-    elif share > lora_presence.ABSENT:
+    elif share.value > lora_presence.ABSENT:
         probable.append(said)
+    return ""
 
 
 def _report(certain: Sequence[str], probable: Sequence[str], recipe: Recipe | None) -> str:

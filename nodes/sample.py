@@ -167,7 +167,7 @@ class Sample(io.ComfyNode):
             base=base_model,
         )
         result = sampling.sample(run)
-        sentences = [settings.describe_plan(plan, denoise), *run.remarks()]
+        sentences = [settings.describe_plan(plan, denoise, recipe), *run.remarks()]
         if recipe is None:
             sentences.append(sampling.note_without_recipe(model))
         text = " ".join(sentences)

@@ -111,8 +111,9 @@ def note_without_recipe(model: Any) -> str:
             "in DMD2 Load LoRA."
         )
     return (
-        "No recipe and no LoRA: right for a checkpoint with a 4-step LoRA merged into it. An "
-        "ordinary checkpoint gives a blurred picture: add DMD2 Load LoRA."
+        "No recipe and no LoRA: right for a checkpoint with a 4-step LoRA merged into it (DMD2 "
+        "Merge Check reads the recipe of one that dmd2 merge made). An ordinary checkpoint gives a "
+        "blurred picture: add DMD2 Load LoRA."
     )
 
 

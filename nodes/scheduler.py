@@ -92,5 +92,5 @@ class Scheduler(io.ComfyNode):
             conditioning_timestep=k_diffusion.conditioning_timestep_of(sampling),
         )
         sigmas = k_diffusion.sigmas_of(plan, sampling)
-        text = settings.describe_plan(plan, denoise)
+        text = settings.describe_plan(plan, denoise, recipe)
         return io.NodeOutput(sigmas, text, ui=plan_ui(text, plan, sampling))

@@ -83,8 +83,9 @@ def first_step(timesteps: Sequence[int | float], denoise: float) -> int:
     return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - wanted))
 
 
-def describe_plan(plan: StepPlan, denoise: float) -> str:
-    """The steps that will run, for people, and where `denoise` snapped to."""
+def describe_plan(plan: StepPlan, denoise: float, recipe: Recipe | None = None) -> str:
+    """The steps that will run, for people: where `denoise` snapped to, and whether some of them are
+    not those that the LoRA was trained at, if `recipe` says."""
     num, listed = len(plan.timesteps), ", ".join(map(str, plan.active))
     if plan.start == 0:
         text = f"{num} step{'s' * (num > 1)}: {listed}."
@@ -98,6 +99,9 @@ def describe_plan(plan: StepPlan, denoise: float) -> str:
         first = plan.active[0]
         amount = (first + 1) / NUM_TIMESTEPS
         text += f" Denoise {denoise:g} starts at the trained timestep {first} ({amount:g})."
+    if recipe is not None and not set(plan.active) <= set(recipe.timesteps):
+        trained = ", ".join(map(str, recipe.timesteps))
+        text += f" The LoRA was trained at {trained}; other timesteps are new to it."
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -30,9 +31,14 @@ def _exact_arithmetic() -> None:
 @pytest.fixture(scope="session")
 def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `dmd2 demo` leaves: about six minutes, once for all tests that need it."""
-    folder = tmp_path_factory.mktemp("demo") / "demo_output"
-    command = [sys.executable, "-m", "train_lora.cli", "demo", "--out", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    (folder / "stdout.txt").write_text(result.stdout, encoding="utf-8")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "demo_output"
+    with (shared / "demo.lock").open("w") as lock:  # the other worker waits for this one's
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "stdout.txt").exists():
+            command = [sys.executable, "-m", "train_lora.cli", "demo", "--out", str(folder)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[-4000:]
+            (folder / "stdout.txt").write_text(result.stdout, encoding="utf-8")
     return folder

@@ -60,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ndmd2: interrupted", file=sys.stderr)
         return INTERRUPTED
     except TrainingStopped as stop:
-        if os.environ.get("RANK", "0") == "0":  # every process stops, one says so
+        if _is_first_process():
             print(f"dmd2: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None  # type: ignore[assignment]  # nothing is flushed into it at exit
+        return 0
     except Exception as error:
         sentence = user_sentence(error)
         if sentence is None:
@@ -71,6 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"dmd2: error: {sentence}", file=sys.stderr)
         return USER_ERROR
+
+
+def _is_first_process() -> bool:
+    """All processes come to the same end, and one says so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_once(result: object) -> None:
+    if _is_first_process():
+        print(result)
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -235,7 +248,7 @@ def _train(arguments: argparse.Namespace) -> int:
     check_inputs(loaded.config, warm=True)
     from .trainer import train
 
-    print(train(loaded.config).lora)
+    _print_once(train(loaded.config).lora)
     return 0
 
 
@@ -255,7 +268,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     check_inputs(config, warm=False)
     from .trainer import resume
 
-    print(resume(config, iteration=iteration).lora)
+    _print_once(resume(config, iteration=iteration).lora)
     return 0
 
 

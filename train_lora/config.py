@@ -119,6 +119,14 @@ class SamplingConfig(Section):
                 f"sampling.timesteps is {show_value(self.timesteps)}; its numbers must descend, "
                 f"such as {ordered}."
             )
+        steps = len(self.timesteps) or self.steps
+        if self.conditioning_timestep is not None and steps > 1:
+            key = "timesteps" if self.timesteps else "steps"
+            raise ValueError(
+                f"sampling.conditioning_timestep is {self.conditioning_timestep}, which belongs to "
+                f"one-step students, but sampling.{key} is {show_value(getattr(self, key))}; set "
+                'sampling.steps to 1, or sampling.conditioning_timestep to "none".'
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

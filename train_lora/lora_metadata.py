@@ -97,7 +97,7 @@ def usage_hint(recipe: Recipe, *, merged: bool = False) -> str:
     """How to sample, for people: steps, CFG, sampler, scheduler, and the strength of a LoRA."""
     num_steps = len(recipe.timesteps)
     evenly = recipe.timesteps == StepPlan.evenly(num_steps).timesteps
-    note = " (a negative prompt does nothing)" if recipe.guidance == 1 else ""
+    note = " (a negative prompt acts through NAG only)" if recipe.guidance == 1 else ""
     sampler = "sampler euler" if recipe.strength == 0 else "sampler lcm"
     words = [_count(num_steps), f"CFG {recipe.guidance:g}{note}", sampler]
     if evenly and recipe.conditioning_timestep is None:

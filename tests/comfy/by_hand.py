@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,9 +85,14 @@ def options() -> argparse.Namespace:
     return given
 
 
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     chosen = options()
     print("Starting ComfyUI ...", flush=True)
+    signal.signal(signal.SIGTERM, _end)  # else ComfyUI would outlive this process
     server = prepared_server(chosen.folder.resolve(), chosen.lora, chosen.port)
     print(
         f"ComfyUI is at http://127.0.0.1:{server.port} (Ctrl-C ends it, its log is "

@@ -317,6 +317,17 @@ def test_two_few_step_loras_are_warned_of(server: ComfyServer, model: TinyModel)
     assert "carries a few-step LoRA already" in run.outputs[shown.name]["text"][0]
 
 
+def test_a_family_against_the_files_own_recipe_is_said(
+    server: ComfyServer, model: TinyModel
+) -> None:
+    graph = Setup(lora=None)
+    loaded = graph.load(model_files.OTHER_STEPS_LORA, "LCM, 4 steps")
+    shown = graph.add("PreviewAny", source=loaded[3])
+    [report] = server.run(graph.prompt).outputs[shown.name]["text"]
+    assert "Chosen family LCM, 4 steps. Recipe: steps 999, 759, 499, 259;" in report
+    assert 'set family to "from the file". Its own: Recipe: steps' in report
+
+
 def test_a_family_sets_steps_and_noise(server: ComfyServer, model: TinyModel) -> None:
     graph = Setup(model_files.PLAIN_LORA, "SDXL-Lightning, 2 steps")
     shown = graph.add("DMD2_Scheduler", model=graph.model, steps=0, timesteps="", denoise=1.0)

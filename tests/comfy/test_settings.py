@@ -116,7 +116,10 @@ def test_two_kinds_of_strength_contradict_each_other(settings):
         ({"timesteps": "999, 499", "steps": 4}, "steps is 4 but timesteps lists 2"),
         ({"denoise": 1.5}, "denoise is 1.5: choose"),
         ({"denoise": -0.1}, "denoise is -0.1: choose"),
-        ({"denoise": 0.5, "conditioning_timestep": 399}, "always starts from pure noise"),
+        (
+            {"steps": 1, "denoise": 0.5, "conditioning_timestep": 399},
+            "always starts from pure noise",
+        ),
     ],
 )
 def test_impossible_plans_are_refused(settings, widgets, message):

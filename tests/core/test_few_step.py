@@ -283,6 +283,10 @@ def test_even_plans(num_steps: int, timesteps: tuple[int, ...]) -> None:
             {"timesteps": (999, 499), "start": 1, "conditioning_timestep": 399},
             "399 belongs to pure noise, but start is 1: leave one",
         ),
+        (
+            {"timesteps": (999, 749), "conditioning_timestep": 399},
+            "timestep 399 comes before 749: use 1 step, or later timesteps below 399",
+        ),
     ],
 )
 def test_bad_plans_are_named(arguments: dict[str, Any], message: str) -> None:

@@ -120,7 +120,8 @@ def test_command_line_values_take_the_type_of_their_key(key, text, value):
         with pytest.raises(ValueError, match=r"could mean several keys.*student.*critic"):
             resolve_key(key)
         return
-    loaded = load(preset="demo", overrides=[(key, text)])
+    needed = [("sampling.steps", "1")] if key == "conditioning_timestep" else []
+    loaded = load(preset="demo", overrides=[*needed, (key, text)])
     found = value_of(loaded.config, resolve_key(key))
     assert found == value
     assert type(found) is type(value)
@@ -170,6 +171,10 @@ def test_whole_numbers_are_welcome_where_a_float_is_meant(toml):
         ("[sampling]\ntimesteps = [9, -1]\n", r"\[9, -1\]; set each of its numbers to at least 1"),
         ("[sampling]\ntimesteps = [0]\n", r"\[0\]; set each of its numbers to at least 1"),
         ("[sampling]\nconditioning_timestep = 0\n", r"is 0; set it to at least 1"),
+        (
+            "[sampling]\nconditioning_timestep = 399\n",
+            r"is 399, which belongs to one-step students, but sampling.steps is 4; set sampling",
+        ),
         ("[sampling]\ntimesteps = 999\n", r"timesteps is 999; set it to a list of whole numbers"),
         (
             "[distribution_matching]\nmin_timestep = 900\nmax_timestep = 100\n",

@@ -92,11 +92,11 @@ def test_the_thumbnail_is_a_small_jpeg_that_shows_the_picture(student, tmp_path)
     [
         (
             Recipe(timesteps=(999, 749, 499, 249)),
-            "4 steps, CFG 1 (a negative prompt does nothing), sampler lcm, scheduler simple, "
-            "LoRA strength 1",
+            "4 steps, CFG 1 (a negative prompt acts through NAG only), sampler lcm, "
+            "scheduler simple, LoRA strength 1",
         ),
         (RECIPE, "scheduler simple, LoRA strength 1, the base model predicts v with zero terminal"),
-        (Recipe(timesteps=(999, 600)), "2 steps, CFG 1 (a negative prompt does nothing), "
+        (Recipe(timesteps=(999, 600)), "2 steps, CFG 1 (a negative prompt acts through NAG only), "
          "sampler lcm, timesteps 999, 600"),
         (Recipe(timesteps=(999,), conditioning_timestep=399), "must be told timestep 399"),
     ],
