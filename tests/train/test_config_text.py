@@ -31,7 +31,7 @@ CONFIGS = {
         overrides=[
             ("directory", 'C:\\out "x"\t\x7f\u2028é😀'),
             ("validation.prompts", '["a, b", "#c"]'),
-            ("timesteps", "999,499"),
+            ("timesteps", "999"),
             ("conditioning-timestep", "399"),
         ],
     ),
