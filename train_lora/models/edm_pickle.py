@@ -181,6 +181,7 @@ def _values(data: bytes) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, about its old kind of storage
         try:
+            # A pickle within the pickle, as torch stores a tensor's bytes: read as strictly.
             flat = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # its advice is to open the file unsafely
             raise _refusal(
