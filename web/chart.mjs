@@ -12,9 +12,9 @@ const TEXTS = {
   en: {
     steps: (active, all) => (active === all ? `${all} steps` : `${active} of ${all} steps`),
     oneStep: '1 step',
-    from: (timestep) => `from timestep ${timestep}`,
+    from: (timestep) => `from ${timestep}`,
     none: 'no step runs',
-    assumed: 'unless the recipe says otherwise',
+    assumed: 'the recipe may differ',
     recipe: 'as the recipe says',
     linked: 'set by a connection: shown after a run',
     told: (timestep) => `told ${timestep}`,
@@ -83,7 +83,10 @@ export function drawPlan(box, plan, locale = 'en') {
     svg('text', { y, fill, 'font-size': size, 'text-anchor': 'middle', ...more }, text)
   const words = plan.error ? texts[plan.error] : plan.linked ? texts.linked : caption(plan, texts)
   const colourOfWords = plan.error ? WRONG : MUTED
-  picture.append(line(11, 11, colourOfWords, words, { x: width / 2, class: 'dmd2-plan-caption' }))
+  // A Latin letter is about half as wide as high, a Chinese one as wide.
+  const halves = [...words].reduce((sum, letter) => sum + (letter > '\u2e80' ? 2 : 1), 0)
+  const fitting = Math.min(11, width / (0.52 * halves))
+  picture.append(line(11, fitting, colourOfWords, words, { x: width / 2, class: 'dmd2-plan-caption' }))
   if (plan.timesteps) drawBars(picture, plan, texts, line, width)
   box.replaceChildren(picture)
 }

@@ -121,7 +121,7 @@ def test_a_file_saved_by_the_page_is_the_one_that_was_opened(
 def test_the_chart_follows_the_widgets(page: Page, object_info: dict[str, Any]) -> None:
     opened(page, "dmd2_4step", object_info)
     node = "DMD2_Scheduler"
-    assert caption(page, node) == "4 steps · unless the recipe says otherwise"
+    assert caption(page, node) == "4 steps · the recipe may differ"
     set_widgets(page, node, steps=3)
     assert caption(page, node) == "3 steps"
     assert [bar.split(",")[0] for bar in bars(page, node)] == [
@@ -130,7 +130,7 @@ def test_the_chart_follows_the_widgets(page: Page, object_info: dict[str, Any]) 
         "timestep 333",
     ]
     set_widgets(page, node, steps=4, denoise=0.5)
-    assert caption(page, node) == "2 of 4 steps · from timestep 499"
+    assert caption(page, node) == "2 of 4 steps · from 499"
     assert bars(page, node) == ["timestep 499, noise 1.61", "timestep 249, noise 0.693"]
     assert bars(page, node, "left-out") == [
         "timestep 999, noise 14.6 (left out)",
