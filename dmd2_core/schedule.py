@@ -153,14 +153,6 @@ class EDMSchedule:
         )
         return root**self.rho
 
-    def step_levels(self, steps: Tensor, num: int = NUM_TIMESTEPS) -> Tensor:
-        """The noise level of each of `steps`, integers 0 .. num - 1, shape of `steps`.
-
-        Step 0 is sigma_min and step num - 1 sigma_max, as t = 0 is the cleanest of VP steps, so
-        that a range of steps (20..980 for the matching loss) means the same share of both.
-        """
-        return _look_up(self.karras_levels(num).flip(0), steps)
-
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
@@ -173,6 +165,57 @@ class FlowSchedule:
     def sigma(self, t: Tensor) -> Tensor:
         """`t` itself."""
         return t.to(coefficient_dtype(t.device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SteppedSchedule:
+    """A continuous schedule as training steps: integers 0 .. T - 1, each standing for one time.
+
+    So EDM and flow models are trained, and their few steps planned, in the same integers as VP
+    models; only a network that takes the time itself looks it up (`time`).
+    """
+
+    base: EDMSchedule | FlowSchedule
+    times: Tensor
+    """(T,), strictly ascending: step 0 is the cleanest. Kept as float64 on the CPU."""
+
+    def __post_init__(self) -> None:
+        table = self.times.detach().to("cpu", torch.float64)
+        if table.ndim != 1 or len(table) < 2 or bool((table.diff() <= 0).any()):
+            raise ValueError(
+                f"times must be at least 2 ascending numbers, got shape {tuple(table.shape)}: "
+                "list them from the cleanest step to the noisiest"
+            )
+        object.__setattr__(self, "times", table)
+
+    @classmethod
+    def edm(cls, schedule: EDMSchedule | None = None) -> SteppedSchedule:
+        """EDM's noise levels in Karras spacing: step 0 is sigma_min, step 999 is sigma_max."""
+        schedule = schedule or EDMSchedule()
+        return cls(schedule, schedule.karras_levels().flip(0))
+
+    @classmethod
+    def flow(cls) -> SteppedSchedule:
+        """Flow times 0.001, 0.002, ..., 1: step 999 is pure noise."""
+        steps = torch.arange(1, NUM_TIMESTEPS + 1, dtype=torch.float64)
+        return cls(FlowSchedule(), steps / NUM_TIMESTEPS)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T: valid times are 0 .. T - 1."""
+        return len(self.times)
+
+    def time(self, t: Tensor) -> Tensor:
+        """The base schedule's time (EDM: sigma) at steps `t`, integers of any shape."""
+        return _look_up(self.times, t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The base schedule's alpha at steps `t`, integers of any shape."""
+        return self.base.alpha(self.time(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The base schedule's sigma at steps `t`, integers of any shape."""
+        return self.base.sigma(self.time(t))
 
 
 def _look_up(table: Tensor, steps: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint_store import write_text
-from .config import SECTIONS, Config, show_value
+from .config import SECTIONS, Config
 from .config_load import from_dict, ineffective_keys, value_of
+from .config_section import show_value
 from .models.safetensors_io import read_safetensors, write_safetensors
 from .sharding import place_whole, shards_like, to_main
 

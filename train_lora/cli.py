@@ -373,7 +373,7 @@ def pair_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _seed(text: str) -> int:
-    from .config import LARGEST_SEED
+    from .config_section import LARGEST_SEED
 
     if not text.isdecimal() or int(text) > LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"{text} is no seed; give a whole number from 0")

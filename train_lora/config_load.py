@@ -13,7 +13,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from .config import SECTIONS, Config, show_value
+from .config import SECTIONS, Config
+from .config_section import show_value
 from .config_values import describe_type, fit, python_value
 
 Origin = Literal["default", "preset", "file", "cli"]

@@ -7,6 +7,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 LARGEST_SEED = 2**63 - 1
+NUM_TIMESTEPS = 1000
+"""Training steps of every schedule; dmd2_core has it too, but takes seconds to import."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .config import SECTIONS, Config, Section, show_value
+from .config import SECTIONS, Config
 from .config_load import TYPES, UNKNOWN, LoadedConfig, ineffective_keys, value_of
+from .config_section import Section, show_value
 from .config_values import describe_type
 
 

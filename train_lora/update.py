@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .config import TrainingConfig
+from .config_training import TrainingConfig
 from .distributed import average_gradients, largest
 from .sharding import clip_gradients, is_sharded
 

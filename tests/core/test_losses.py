@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dmd2_core import (
     EDMSchedule,
     Prediction,
+    SteppedSchedule,
     VPSchedule,
     add_noise,
     coefficients,
@@ -115,7 +116,7 @@ def test_denoising_loss_of_a_bf16_network_is_float32() -> None:
 
 def test_edm_weight_counts_the_raw_networks_error_alike_at_every_level() -> None:
     x0, eps, raw = randn(3, 4, 3, 4, 4)
-    sigma = EDMSchedule().step_levels(torch.tensor([0, 300, 700, 999]))
+    sigma = SteppedSchedule.edm().time(torch.tensor([0, 300, 700, 999]))
     # By hand: 1 / 0.5^2 + 1 / sigma^2; both forms of the paper's table in float64.
     assert edm_loss_weight(torch.tensor(0.5)).item() == 8.0
     torch.testing.assert_close(

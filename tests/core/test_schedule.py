@@ -4,7 +4,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from dmd2_core import EDMSchedule, FlowSchedule, VPSchedule, add_noise, coefficients, k_sigma
+from dmd2_core import (
+    EDMSchedule,
+    FlowSchedule,
+    SteppedSchedule,
+    VPSchedule,
+    add_noise,
+    coefficients,
+    k_sigma,
+)
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -105,21 +113,32 @@ def test_edm_steps_are_karras_levels_from_clean_to_noisy() -> None:
     steps = torch.tensor([[0, 20], [980, 999]])
     clean, noisy = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
     by_hand = [(clean + step / 999 * (noisy - clean)) ** 7 for step in (0, 20, 980, 999)]
-    levels = EDMSchedule().step_levels(steps)
+    levels = SteppedSchedule.edm().time(steps)
     # Powers of 1/7 and 7 in float64, the second multiplying the error of the first by 7.
     torch.testing.assert_close(
         levels, torch.tensor(by_hand, dtype=torch.float64).view(2, 2), rtol=1e-13, atol=0
     )
-    every = EDMSchedule().step_levels(torch.arange(1000))
+    every = SteppedSchedule.edm().time(torch.arange(1000))
     assert torch.equal(every.flip(0), EDMSchedule().karras_levels())
-    assert torch.equal(
-        EDMSchedule().step_levels(torch.arange(10), 10).flip(0), EDMSchedule().karras_levels(10)
-    )
+    assert torch.equal(SteppedSchedule.edm().sigma(steps), levels)
+    assert torch.equal(SteppedSchedule.edm().alpha(steps), torch.ones(2, 2).double())
+
+
+def test_flow_steps_are_thousandths_of_the_way_to_noise() -> None:
+    schedule, steps = SteppedSchedule.flow(), torch.tensor([0, 499, 999])
+    assert schedule.sigma(steps).tolist() == [0.001, 0.5, 1.0]
+    assert schedule.alpha(steps).tolist() == [0.999, 0.5, 0.0]
+    assert schedule.num_timesteps == 1000
+
+
+def test_steps_must_lead_from_clean_to_noisy() -> None:
+    with pytest.raises(ValueError, match="cleanest step to the noisiest"):
+        SteppedSchedule(EDMSchedule(), EDMSchedule().karras_levels())
 
 
 def test_edm_noising_adds_sigma_times_noise() -> None:
     x0, eps = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(3)).double()
-    sigma = EDMSchedule().step_levels(torch.tensor([0, 500, 999]))
+    sigma = SteppedSchedule.edm().time(torch.tensor([0, 500, 999]))
     noised = add_noise(EDMSchedule(), x0, eps, sigma)
     assert torch.equal(noised, x0 + sigma.view(3, 1, 1, 1) * eps)
 
@@ -133,7 +152,7 @@ def test_edm_noising_adds_sigma_times_noise() -> None:
 )
 def test_wrong_edm_steps_are_refused(steps: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EDMSchedule().step_levels(steps)
+        SteppedSchedule.edm().time(steps)
 
 
 def test_coefficients_broadcast_over_the_batch() -> None:

@@ -11,6 +11,7 @@ from dmd2_core import (
     Denoiser,
     EDMSchedule,
     MiddleBlockHead,
+    SteppedSchedule,
     StepPlan,
     add_noise,
     coefficients,
@@ -272,7 +273,7 @@ def test_it_learns_to_denoise_by_class() -> None:
 
     def loss_of(count: int) -> Tensor:
         labels = torch.randint(3, (count,), generator=draws)
-        sigma = schedule.step_levels(torch.randint(1000, (count,), generator=draws))
+        sigma = SteppedSchedule.edm().time(torch.randint(1000, (count,), generator=draws))
         x0, eps = pictures[labels], torch.randn(count, 3, 8, 8, generator=draws)
         output = network(add_noise(schedule, x0, eps, sigma), sigma, labels)
         alpha, wide = coefficients(schedule, sigma, x0)

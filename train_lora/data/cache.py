@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, show_value
+from ..config import Config
 from ..config_load import value_of
+from ..config_section import show_value
 from ..models.components import Components
 from ..models.fingerprint import weights_hash
 from .encode import PROMPTS
