@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +63,7 @@ class Run:
 
     def result(self, out: Path) -> dict[str, Any]:
         """What `measure` found; FileNotFoundError before that."""
-        found: dict[str, Any] = json.loads((self.folder(out) / RESULT).read_text("utf-8"))
-        return found
+        return read_result(self.folder(out))
 
     def config(self, out: Path) -> Config:
         values = {
@@ -111,7 +110,24 @@ def train_and_measure(run: Run, out: Path) -> None:
         "brightness": brightness,
         **measure_lora(folder / LORA),
     }
+    write_result(folder, result)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return found
+
+
+def read_or_measure(folder: Path, figures: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """What a folder holds; measured now where it holds nothing."""
+    if not (folder / RESULT).exists():
+        write_result(folder, figures())
+    return read_result(folder)
 
 
 def train(config: Config, lora: Path, *, watched: bool) -> list[tuple[int, float]]:
