@@ -33,6 +33,7 @@ from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
 from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
+from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
 from .rewind import set_aside
 from .sampling import step_plan
@@ -169,7 +170,8 @@ def build_trainer(
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
         generator = derived_generator(config.training.seed, HEAD_STREAM)
-        head = build_head(config.gan, unet, config.data.resolution_px, generator)
+        side = config.data.resolution_px // LATENT_PX
+        head = build_head(config.gan, unet, side, generator)
     distiller = Distiller(
         unet=unet,
         head=head.to(accelerator.device),
