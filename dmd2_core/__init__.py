@@ -6,7 +6,7 @@ Read in this order: schedule, prediction, few_step, then losses.
 from .discriminator import MiddleBlockHead
 from .families import FAMILIES, family_recipe
 from .few_step import StepPlan, few_step_sample, initial_sample
-from .guidance import classifier_free_guidance, guided
+from .guidance import both_branches, classifier_free_guidance, guided
 from .losses import (
     denoising_loss,
     distribution_matching_gradient,
@@ -56,6 +56,7 @@ __all__ = [
     "SteppedSchedule",
     "VPSchedule",
     "add_noise",
+    "both_branches",
     "classifier_free_guidance",
     "coefficients",
     "denoising_loss",

@@ -29,7 +29,7 @@ from ..trainer import place, train
 from . import scenes
 from .classifier import load_classifier
 from .goals import shortfalls
-from .measure import SystemFigures, build_yardstick
+from .measure import PROMPT_SEED, SystemFigures, build_yardstick
 from .teacher import load_teacher
 
 LORA_NAME, PICTURE_NAME, REPORT_NAME = (
@@ -120,7 +120,11 @@ def peak_memory_mb() -> int:
 
 
 def renderer(
-    unet: SharedUNet, components: Components, system: System, condition: Condition
+    unet: SharedUNet,
+    components: Components,
+    system: System,
+    condition: Condition,
+    seed: int = SAMPLE_SEED,
 ) -> Callable[[], Tensor]:
     """A function that draws one picture for each row of the condition, in batches."""
 
@@ -129,7 +133,7 @@ def renderer(
         for first in range(0, len(condition), CHUNK):
             latents = sample_latents(
                 unet, system.role, components, condition[first : first + CHUNK], system.plan,
-                seed=SAMPLE_SEED, first_index=first, guidance=system.guidance,
+                seed=seed, first_index=first, guidance=system.guidance,
                 strength=system.strength,
             )  # fmt: skip
             images.append(decode_latents(components, latents).cpu())
@@ -139,15 +143,21 @@ def renderer(
 
 
 def measure_systems(
-    unet: SharedUNet, components: Components, systems: dict[str, System]
+    unet: SharedUNet,
+    components: Components,
+    systems: dict[str, System],
+    *,
+    prompt_seed: int = PROMPT_SEED,
+    sample_seed: int = SAMPLE_SEED,
 ) -> dict[str, SystemFigures]:
+    """Of each system on the same prompts and noise; what is tuned is measured on other seeds."""
     from tqdm import tqdm
 
-    yardstick = build_yardstick(load_classifier())
+    yardstick = build_yardstick(load_classifier(), prompt_seed=prompt_seed)
     condition = encode_captions(components, yardstick.captions, scenes.IMAGE_PX)
     return {
         name: yardstick.measure(
-            renderer(unet, components, system, condition), system.network_evaluations
+            renderer(unet, components, system, condition, sample_seed), system.network_evaluations
         )
         for name, system in tqdm(systems.items(), desc="measuring")
     }
