@@ -30,6 +30,11 @@ REDUCED = {"training.batch_size": "8", "training.iterations": "200", "validation
 
 VARIANTS: dict[str, dict[str, str]] = {
     "paper": {},
+    "anchor 0.05": {"diversity_anchor.weight": "0.05"},
+    "anchor 0.5": {"diversity_anchor.weight": "0.5"},
+    "anchor 0.5 to 499": {"diversity_anchor.weight": "0.5", "diversity_anchor.timestep": "499"},
+    "guidance above": {"distribution_matching.guidance_timesteps": "above"},
+    "guidance apart": {"distribution_matching.guidance_timesteps": "apart"},
 }
 """Name -> what it changes in the reduced demo."""
 
