@@ -78,6 +78,7 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "iteration": trainer.iteration,
         "seconds_training": trainer.seconds_training,
         "average_updates": trainer.average.num_updates,
+        "mean_weight": trainer.distiller.adversary.mean_weight,
         "caption": trainer.caption,
         "student": _counters(trainer.student),
         "critic": _counters(trainer.critic),
@@ -139,6 +140,8 @@ def restore(trainer: Trainer, checkpoint: Path, state: Mapping[str, Any]) -> Non
     average = checkpoint / f"{AVERAGE}.safetensors"
     _copy(average, trainer.student.names, trainer.average.averages)
     trainer.average.num_updates = state["average_updates"]
+    if "mean_weight" in state:  # runs of before there were divergences have none
+        trainer.distiller.adversary.mean_weight = state["mean_weight"]
     trainer.iteration = trainer.saved_iteration = state["iteration"]
     trainer.seconds_training = state["seconds_training"]
     changed = {k: v for k, v in _versions().items() if state["versions"].get(k) != v}

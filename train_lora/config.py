@@ -86,6 +86,13 @@ class Config:
                 'name a folder of captioned images, or "teacher", or change that.'
             )
 
+        divergence = self.distribution_matching.divergence
+        if divergence != "reverse-kl" and not self.gan.enabled:
+            raise ValueError(
+                f'distribution_matching.divergence is "{divergence}", which weights samples by '
+                "what the discriminator makes of them, but gan.enabled is false; set gan.enabled "
+                'to true, or distribution_matching.divergence to "reverse-kl".'
+            )
         lowered = ("bf16", "fp16", "8bit", "4bit")
         if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
             raise ValueError(

@@ -223,6 +223,7 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(["validation.panels"], "distribution_matching.enabled")
     if config.student.kind == "full":
         mark(["student.alpha"], "student.kind")
+    _mark_gan(config, mark)
     if config.critic.kind == "full":
         mark(["critic.rank", "critic.alpha"], "critic.kind")
     if config.model.path == "demo":
@@ -239,6 +240,20 @@ def _mark_anchor_and_guidance(config: Config, mark: Callable[..., None]) -> None
     if config.distribution_matching.guidance == 1.0:
         keys = ("guidance_weight", "guidance_timesteps")
         mark([f"distribution_matching.{k}" for k in keys], "distribution_matching.guidance")
+
+
+def _mark_gan(config: Config, mark: Callable[..., None]) -> None:
+    """The keys of [gan] that choices within it, or beside it, leave without effect."""
+    of_teacher, denoises = config.gan.features == "teacher", config.distribution_matching.enabled
+    if not config.gan.r1_weight:
+        mark(["gan.r1_noise"], "gan.r1_weight")
+    if of_teacher:  # the denoising pass is the critic's
+        mark(["gan.shared_draw"], "gan.features")
+    if not denoises:
+        mark(["gan.shared_draw"], "distribution_matching.enabled")
+    if of_teacher and not denoises:  # then nothing trains the critic
+        of_critic = [f"critic.{name}" for name in ("rank", "alpha", "learning_rate")]
+        mark(of_critic, "gan.features", "distribution_matching.enabled")
 
 
 def _mark_data(config: Config, mark: Callable[..., None]) -> None:

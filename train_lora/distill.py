@@ -22,8 +22,7 @@ from dmd2_core import (
     distribution_matching_loss,
     few_step_sample,
     from_x0,
-    gan_critic_loss,
-    gan_generator_loss,
+    gan_fake_loss,
     guided,
     initial_sample,
     regression_loss,
@@ -31,6 +30,7 @@ from dmd2_core import (
     to_x0,
 )
 
+from .adversary import Adversary
 from .anchor import anchor_plan, anchor_target
 from .config import Config
 from .draws import Draws, randn_like, random_timesteps
@@ -93,13 +93,14 @@ class Distiller:
 
     unet: SharedUNet
     head: nn.Module
-    """Discriminator head on the critic's middle-block features."""
+    """The discriminator's, of `adversary.build_head`."""
     components: Components
     plan: StepPlan
     config: Config
     denoiser: Denoiser[Condition] = field(init=False)
     anchor: StepPlan | None = field(init=False)
     """How the teacher leads the student's first step; None without a diversity anchor."""
+    adversary: Adversary = field(init=False)
 
     def __post_init__(self) -> None:
         denoiser = Denoiser(self.unet, self.components.schedule, self.components.prediction)
@@ -107,6 +108,14 @@ class Distiller:
         anchored = self.config.diversity_anchor.weight > 0
         plan = anchor_plan(self.config.diversity_anchor, self.plan) if anchored else None
         object.__setattr__(self, "anchor", plan)
+        adversary = Adversary(
+            unet=self.unet,
+            head=self.head,
+            schedule=self.components.schedule,
+            settings=self.config.gan,
+            divergence=self.config.distribution_matching.divergence,
+        )
+        object.__setattr__(self, "adversary", adversary)
 
     # -- the student ------------------------------------------------------------------------------
 
@@ -156,10 +165,7 @@ class Distiller:
             total += gradient
             figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
         if self.config.gan.enabled:
-            with self.unet.role("critic"):
-                loss, gradient = sample_gradient(
-                    lambda s: gan_generator_loss(self._logits(s, sample.condition, draws)), x
-                )
+            loss, gradient = self.adversary.generator_gradient(x, sample.condition, draws)
             gradient = self.config.gan.generator_weight * gradient
             total += gradient
             figures |= {"loss/gan_generator": loss, "gradient/gan": gradient.norm()}
@@ -204,45 +210,39 @@ class Distiller:
 
     def critic_step(self, sample: StudentSample, batch: Batch, draws: Draws) -> Figures:
         """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
-        x = sample.x0.detach()
+        x, settings = sample.x0.detach(), self.config
         figures: Figures = {"sample/mean": x.mean(), "sample/deviation": x.std()}
-        with self.unet.role("critic"):  # one graph after the other: both at once need more memory
-            if self.config.distribution_matching.enabled:
-                denoising = self._denoising_loss(x, sample.condition, draws)
-                denoising.backward()
-                figures["loss/critic"] = denoising.detach()
-            if self.config.gan.enabled:
-                assert batch.real is not None
-                both = torch.cat([batch.real.latents, x])
-                captions = Condition.cat([batch.real.condition, sample.condition])
-                real, fake = self._logits(both, captions, [*draws, *draws]).chunk(2)
-                gan = gan_critic_loss(real, fake)
-                (self.config.gan.critic_weight * gan).backward()
-                figures |= {
-                    "real/mean": batch.real.latents.mean(),
-                    "real/deviation": batch.real.latents.std(),
-                    "loss/gan_critic": gan.detach(),
-                    "discriminator/real_accuracy": (real > 0).float().mean(),
-                    "discriminator/fake_accuracy": (fake < 0).float().mean(),
-                }
+        judged = None
+        # One graph after the other: both at once need more memory.
+        if settings.distribution_matching.enabled:
+            with self.unet.role("critic"):
+                loss, judged = self._denoising_loss(x, sample.condition, draws)
+                figures["loss/critic"] = loss.detach()
+                if judged is not None:
+                    loss = loss + settings.gan.critic_weight * gan_fake_loss(judged)
+                loss.backward()
+        if settings.gan.enabled:
+            assert batch.real is not None
+            figures |= self.adversary.critic_step(sample.detached(), batch.real, draws, judged)
         return figures
 
-    def _denoising_loss(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """How well the critic denoises the student's samples, in `critic.loss_space`."""
+    def _denoising_loss(
+        self, x: Tensor, condition: Condition, draws: Draws
+    ) -> tuple[Tensor, Tensor | None]:
+        """How well the critic denoises the student's samples, in `critic.loss_space`.
+
+        With `gan.shared_draw` also what the discriminator makes of them in this pass.
+        """
         schedule, prediction = self.components.schedule, self.components.prediction
         t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
         eps = randn_like(x, draws)
         x_t, coefficients_t = add_noise(schedule, x, eps, t), coefficients(schedule, t, x)
-        output = self.unet(x_t, t, condition)
+        judged = None
+        if self.config.gan.shared_draw:
+            output, judged = self.adversary.output_and_logits(x_t, t, condition)
+        else:
+            output = self.unet(x_t, t, condition)
         if self.config.critic.loss_space == "velocity":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
-        return denoising_loss(prediction, output, x, eps, *coefficients_t)
-
-    def _logits(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""
-        schedule = self.components.schedule
-        t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
-        x_t = add_noise(schedule, x, randn_like(x, draws), t)
-        logits: Tensor = self.head(self.unet.features(x_t, t, condition))
-        return logits
+        return denoising_loss(prediction, output, x, eps, *coefficients_t), judged

@@ -234,6 +234,7 @@ class Trainer:
             consumed.append((sample.detached(), batch, draws))
         if updates_student:
             figures |= self._apply(self.student, "student", parts, iteration)
+            figures |= self.distiller.adversary.settle()
             if not self.student.skipped_in_a_row:
                 self.average.update()
         parts = []

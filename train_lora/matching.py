@@ -43,7 +43,8 @@ def matching_gradient(distiller: Distiller, sample: StudentSample, draws: Draws)
 def _against_critic(
     distiller: Distiller, sample: StudentSample, guidance: float, draws: Draws
 ) -> Tensor:
-    """The teacher with `guidance` against the critic, on the same noised samples."""
+    """The teacher with `guidance` against the critic, on the same noised samples, weighted as
+    `divergence` wants it."""
     settings = distiller.config.distribution_matching
     x, condition = sample.x0.detach(), sample.condition
     x_t, t = _noised(distiller, x, settings.min_timestep, settings.max_timestep, draws)
@@ -52,7 +53,8 @@ def _against_critic(
         x0_real = teacher(x_t, t, condition, distiller.components.unconditional(condition))
     with distiller.unet.role("critic"):
         x0_fake = distiller.denoiser(x_t, t, condition)
-    return distribution_matching_gradient(x, x0_real, x0_fake)
+    gradient = distribution_matching_gradient(x, x0_real, x0_fake)
+    return distiller.adversary.weighted(gradient, x_t, t, condition)
 
 
 def _guidance_term(

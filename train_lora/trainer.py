@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dmd2_core import MiddleBlockHead, derived_generator
+from dmd2_core import derived_generator
 
+from .adversary import build_head
 from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
@@ -32,7 +33,6 @@ from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
 from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
-from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
 from .rewind import set_aside
 from .sampling import step_plan
@@ -168,11 +168,8 @@ def build_trainer(
     unet.to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
-        head = MiddleBlockHead(
-            unet.feature_channels,
-            config.data.resolution_px // LATENT_PX // unet.feature_downscale,
-            generator=derived_generator(config.training.seed, HEAD_STREAM),
-        )
+        generator = derived_generator(config.training.seed, HEAD_STREAM)
+        head = build_head(config.gan, unet, config.data.resolution_px, generator)
     distiller = Distiller(
         unet=unet,
         head=head.to(accelerator.device),

@@ -98,7 +98,7 @@ def test_of_one_teacher_step_the_target_is_the_teachers_image() -> None:
 
 
 def test_on_a_flow_the_target_is_the_mean_velocitys() -> None:
-    """DP-DMD's own case: from time 1 to t the mean velocity is (eps - z) / (1 - t), x0 = eps - v."""
+    """DP-DMD's own case: from 1 to t the mean velocity is (eps - z) / (1 - t), and x0 = eps - v."""
     plan = StepPlan(timesteps=(1.0, 0.9, 0.75))
     eps = randn(1)
     target = anchor_target(teacher, eps, FlowSchedule(), plan)
