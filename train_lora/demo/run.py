@@ -29,7 +29,7 @@ from ..trainer import place, train
 from . import scenes
 from .classifier import load_classifier
 from .goals import shortfalls
-from .measure import PROMPT_SEED, SystemFigures, build_yardstick
+from .measure import SystemFigures, build_yardstick
 from .teacher import load_teacher
 
 LORA_NAME, PICTURE_NAME, REPORT_NAME = (
@@ -143,21 +143,15 @@ def renderer(
 
 
 def measure_systems(
-    unet: SharedUNet,
-    components: Components,
-    systems: dict[str, System],
-    *,
-    prompt_seed: int = PROMPT_SEED,
-    sample_seed: int = SAMPLE_SEED,
+    unet: SharedUNet, components: Components, systems: dict[str, System]
 ) -> dict[str, SystemFigures]:
-    """Of each system on the same prompts and noise; what is tuned is measured on other seeds."""
     from tqdm import tqdm
 
-    yardstick = build_yardstick(load_classifier(), prompt_seed=prompt_seed)
+    yardstick = build_yardstick(load_classifier())
     condition = encode_captions(components, yardstick.captions, scenes.IMAGE_PX)
     return {
         name: yardstick.measure(
-            renderer(unet, components, system, condition, sample_seed), system.network_evaluations
+            renderer(unet, components, system, condition), system.network_evaluations
         )
         for name, system in tqdm(systems.items(), desc="measuring")
     }
