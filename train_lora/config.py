@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .config_anchor import DiversityAnchorConfig
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
 from .config_regression import RegressionConfig
@@ -61,6 +62,7 @@ class Config:
         default_factory=DistributionMatchingConfig
     )
     gan: GanConfig = field(default_factory=GanConfig)
+    diversity_anchor: DiversityAnchorConfig = field(default_factory=DiversityAnchorConfig)
     backward_simulation: BackwardSimulationConfig = field(default_factory=BackwardSimulationConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -112,6 +114,7 @@ class Config:
                 "set it lower."
             )
         self._check_regression()
+        self._check_anchor()
         if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
             raise ValueError(
                 f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
@@ -139,6 +142,15 @@ class Config:
                 f"sampling.{key} is {show_value(getattr(self.sampling, key))}, but {because}, and "
                 "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
                 f"{instead}."
+            )
+
+    def _check_anchor(self) -> None:
+        steps = len(self.sampling.timesteps) or self.sampling.steps
+        if self.diversity_anchor.weight > 0 and steps == 1:
+            raise ValueError(
+                f"diversity_anchor.weight is {self.diversity_anchor.weight}, which leaves the "
+                "first step to the anchor alone, but the student has no other; set "
+                "sampling.steps to 2 or more, or diversity_anchor.weight to 0."
             )
 
     @property
@@ -179,6 +191,7 @@ SECTIONS: dict[str, type[Section]] = {
         SamplingConfig,
         DistributionMatchingConfig,
         GanConfig,
+        DiversityAnchorConfig,
         BackwardSimulationConfig,
         RegressionConfig,
         TrainingConfig,

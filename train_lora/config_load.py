@@ -202,15 +202,16 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
             mark(rest_of(section, "enabled"), f"{section}.enabled")
     if config.needs_real_images and config.data.real_images == "teacher":
         found.pop("distribution_matching.guidance", None)  # the teacher's images take it as well
-    if config.needs_pairs:
+    if config.needs_pairs or config.diversity_anchor.weight > 0:
         found.pop("distribution_matching.guidance", None)
-    else:
+    if not config.needs_pairs:
         of_pairs = rest_of("regression", "warmup_iterations")
         mark(of_pairs, "regression.warmup_iterations", "training.objective")
     if config.regression.warmup_iterations == 0:
         mark(["regression.learning_rate"], "regression.warmup_iterations")
     if config.training.objective != "dmd":
         mark(["regression.weight"], "training.objective")
+    _mark_anchor_and_guidance(config, mark)
     _mark_data(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
@@ -230,6 +231,15 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
     if "wandb" not in config.logging.trackers:
         mark(["logging.project"], "logging.trackers")
     return found
+
+
+def _mark_anchor_and_guidance(config: Config, mark: Callable[..., None]) -> None:
+    if config.diversity_anchor.weight == 0:
+        keys = ("diversity_anchor.timestep", "diversity_anchor.teacher_steps")
+        mark(keys, "diversity_anchor.weight")
+    if config.distribution_matching.guidance == 1.0:
+        keys = ("guidance_weight", "guidance_timesteps")
+        mark([f"distribution_matching.{k}" for k in keys], "distribution_matching.guidance")
 
 
 def _mark_gan(config: Config, mark: Callable[..., None]) -> None:

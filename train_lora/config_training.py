@@ -34,7 +34,7 @@ class TrainingConfig(Section):
     """AdamW's weight decay, for student, critic and head."""
 
     betas: tuple[float, float] = number((0.9, 0.999), low=0, high=1, open_high=True)
-    """AdamW's two decay rates."""
+    """AdamW's two decay rates; `critic.betas` may differ."""
 
     max_grad_norm: float = number(10.0, low=0, open_low=True)
     """Gradients are scaled down to this norm, for student and critic apart."""
