@@ -79,6 +79,7 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "seconds_training": trainer.seconds_training,
         "average_updates": trainer.average.num_updates,
         "caption": trainer.caption,
+        "earlier": trainer.earlier,
         "student": _counters(trainer.student),
         "critic": _counters(trainer.critic),
         "matches": _identity(trainer),
@@ -139,6 +140,7 @@ def restore(trainer: Trainer, checkpoint: Path, state: Mapping[str, Any]) -> Non
     average = checkpoint / f"{AVERAGE}.safetensors"
     _copy(average, trainer.student.names, trainer.average.averages)
     trainer.average.num_updates = state["average_updates"]
+    trainer.earlier = state.get("earlier")
     trainer.iteration = trainer.saved_iteration = state["iteration"]
     trainer.seconds_training = state["seconds_training"]
     changed = {k: v for k, v in _versions().items() if state["versions"].get(k) != v}
@@ -212,10 +214,16 @@ def _restore_optimizer(update: Update, path: Path, numbers: Mapping[str, float])
     update.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-@torch.no_grad()
 def _copy(path: Path, names: Sequence[str], into: Sequence[Tensor]) -> None:
-    tensors, _ = read_safetensors(path)
-    own = dict(zip(names, into, strict=True))
+    place_tensors(path, read_safetensors(path)[0], dict(zip(names, into, strict=True)))
+
+
+@torch.no_grad()
+def place_tensors(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, of the file `path`, into `own`, some of which may be sharded.
+
+    ValueError where names or shapes are not the same.
+    """
     wrong = sorted(set(own) ^ set(tensors))
     wrong += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     if wrong:

@@ -20,7 +20,7 @@ from .config_values import describe_type, fit, python_value
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
 UNKNOWN = "..."
-"""In place of a text that is not set yet."""
+"""In place of a text that is not set yet; in a preset, of one that it cannot do without."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -298,7 +298,8 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
     dmd = values["training.objective"] == "dmd"
     takes_pairs = dmd or values["regression.warmup_iterations"] > 0
     needed = {"data.real_images": takes_images, "regression.pairs": takes_pairs}
-    return [k for k in TYPES if k not in values or (needed.get(k, False) and values[k] is None)]
+    unset = {k for k in TYPES if values.get(k, UNKNOWN) == UNKNOWN}
+    return [k for k in TYPES if k in unset or (needed.get(k, False) and values[k] is None)]
 
 
 def presets() -> dict[str, str]:
