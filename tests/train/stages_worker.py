@@ -1,4 +1,4 @@
-"""`dmd2` that writes down what a training starts from: for test_stages.py, in one process or two."""
+"""`dmd2` that writes down what a training starts from, for test_stages.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def main(argv: Sequence[str], folder: Path) -> int:
                 save_file({n: t.clone() for n, t in whole.items()}, folder / f"{name}.safetensors")
         rank = trainer.accelerator.process_index
         counters = [trainer.iteration, trainer.saved_iteration, trainer.seconds_training]
-        counters += [u.num_skipped + len(u.optimizer.state) for u in (trainer.student, trainer.critic)]
+        counters += [
+            u.num_skipped + len(u.optimizer.state) for u in (trainer.student, trainer.critic)
+        ]
         (folder / f"counters_{rank}.txt").write_text(str(sum(counters)))
         run(trainer)
 
