@@ -120,7 +120,7 @@ def _merged(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return values, origins
+    return {key: value for key, value in values.items() if value != UNKNOWN}, origins
 
 
 def _with_objective(
@@ -298,8 +298,7 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
     dmd = values["training.objective"] == "dmd"
     takes_pairs = dmd or values["regression.warmup_iterations"] > 0
     needed = {"data.real_images": takes_images, "regression.pairs": takes_pairs}
-    unset = {k for k in TYPES if values.get(k, UNKNOWN) == UNKNOWN}
-    return [k for k in TYPES if k in unset or (needed.get(k, False) and values[k] is None)]
+    return [k for k in TYPES if k not in values or (needed.get(k, False) and values[k] is None)]
 
 
 def presets() -> dict[str, str]:
