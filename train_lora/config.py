@@ -105,6 +105,12 @@ class Config:
                 f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
                 'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
             )
+        if self.student.init is not None and self.training.continue_from is not None:
+            raise ValueError(
+                f"student.init is {self.student.init!r}, but training.continue_from is "
+                f"{self.training.continue_from!r}, whose student this run starts from; set one of "
+                'them to "none".'
+            )
         regression, critic = self.regression.warmup_iterations, self.critic.warmup_iterations
         if regression + critic >= self.training.iterations:
             added = f" and regression.warmup_iterations is {regression}" if regression else ""
@@ -174,6 +180,7 @@ class Config:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
         named = (("model", "path"), ("student", "init"), ("regression", "pairs"))
+        named += (("training", "continue_from"),)
         for section, key in (*named, *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name

@@ -20,7 +20,7 @@ from .config_values import describe_type, fit, python_value
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
 UNKNOWN = "..."
-"""In place of a text that is not set yet."""
+"""In place of a text that is not set yet; in a preset, of one that it cannot do without."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -120,7 +120,7 @@ def _merged(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return values, origins
+    return {key: value for key, value in values.items() if value != UNKNOWN}, origins
 
 
 def _with_objective(
