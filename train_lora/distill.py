@@ -27,7 +27,6 @@ from dmd2_core import (
     gan_generator_loss,
     guided,
     initial_sample,
-    regression_loss,
     sample_gradient,
     to_x0,
 )
@@ -37,6 +36,7 @@ from .draws import Draws, randn_like, random_timesteps
 from .models.components import Components
 from .models.roles import SharedUNet
 from .models.text import Condition
+from .regression_losses import RegressionLoss, squared_error
 
 Figures = dict[str, Tensor]
 """Name -> scalar tensor (detached); fetched by the loop only when it logs."""
@@ -94,6 +94,8 @@ class Distiller:
     components: Components
     plan: StepPlan
     config: Config
+    regression: RegressionLoss = squared_error
+    """How far one step is from the teacher's image, in `regression.loss`."""
     denoiser: Denoiser[Condition] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,9 +170,10 @@ class Distiller:
         x = initial_sample(self.components.schedule, self.plan, pairs.noise)
         t = self.plan.times(self.plan.told(0), x)
         with self.unet.role("student"):
-            loss = regression_loss(self.denoiser(x, t, pairs.condition), pairs.latents)
-            (weight * loss).backward()
-        return {"loss/regression": loss.detach()}
+            x0 = self.denoiser(x, t, pairs.condition)
+            loss, gradient = self.regression(x0, pairs.latents)
+            x0.backward((weight * gradient).to(x0.dtype))
+        return {"loss/regression": loss}
 
     @torch.no_grad()
     def _matching_gradient(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
