@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from .config_anchor import DiversityAnchorConfig
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
-from .config_regression import RegressionConfig
+from .config_regression import WEIGHT_SOURCES, RegressionConfig
 from .config_results import (
     RESULTS,
     CheckpointConfig,
@@ -149,6 +149,13 @@ class Config:
                 "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
                 f"{instead}."
             )
+        loss = self.regression.loss
+        if loss != "mse" and self.regression.lpips_weights is None:
+            raise ValueError(
+                f'regression.lpips_weights is not set, but regression.loss is "{loss}", and '
+                f"nothing downloads its network; get {WEIGHT_SOURCES[loss]} and name the file, or "
+                'set regression.loss to "mse".'
+            )
 
     def _check_anchor(self) -> None:
         steps = len(self.sampling.timesteps) or self.sampling.steps
@@ -179,9 +186,9 @@ class Config:
         for results in RESULTS:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
-        named = (("model", "path"), ("student", "init"), ("regression", "pairs"))
-        named += (("training", "continue_from"),)
-        for section, key in (*named, *sources):
+        named = (("model", "path"), ("student", "init"), ("training", "continue_from"))
+        regressions = (("regression", key) for key in ("pairs", "lpips_weights", "tiny_vae"))
+        for section, key in (*named, *regressions, *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .config import Config
+from .config_regression import TINY_VAE_SOURCE, WEIGHT_SOURCES, RegressionConfig
 from .data.rows import HUB
 from .models.places import check_model_path
 
@@ -33,6 +34,8 @@ def check_inputs(config: Config, *, warm: bool) -> None:
             f"regression.pairs is {pairs!r}, which does not exist; run dmd2 pairs with this "
             "configuration, which fills it."
         )
+    if config.needs_pairs:
+        check_regression_files(config.regression)
     if config.data.cache is None:  # else it holds their content, perhaps on another machine
         check_data(config)
 
@@ -55,4 +58,15 @@ def check_data(config: Config, *, pictures: bool = True) -> None:
             raise ValueError(
                 f"{key} is {source!r}, which does not exist; name a file or folder, or write "
                 "hub:OWNER/NAME for a dataset of the Hugging Face hub."
+            )
+
+
+def check_regression_files(settings: RegressionConfig) -> None:
+    sources = {"lpips_weights": WEIGHT_SOURCES.get(settings.loss), "tiny_vae": TINY_VAE_SOURCE}
+    for key, source in sources.items():
+        path = getattr(settings, key)
+        if path is not None and not Path(path).exists():
+            raise ValueError(
+                f"regression.{key} is {path!r}, which does not exist, and nothing is downloaded "
+                f"here: get it from {source} and name it."
             )

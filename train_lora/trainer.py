@@ -35,6 +35,7 @@ from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
 from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
+from .regression_losses import regression_loss_of
 from .rewind import set_aside
 from .sampling import step_plan
 from .sharding import check_sharding
@@ -184,5 +185,6 @@ def build_trainer(
         components=components,
         plan=step_plan(config),
         config=config,
+        regression=regression_loss_of(config, components, accelerator.device),
     )
     return Trainer(config=config, distiller=distiller, data=data, accelerator=accelerator)
