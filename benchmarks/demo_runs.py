@@ -26,8 +26,8 @@ from train_lora.config_load import load
 from train_lora.data.training_data import encode_captions, load_training_data
 from train_lora.demo import scenes
 from train_lora.demo.classifier import SceneClassifier, load_classifier
-from train_lora.demo.measure import build_yardstick, evaluation_scenes
-from train_lora.demo.run import System, renderer
+from train_lora.demo.measure import PROMPT_SEED, build_yardstick, evaluation_scenes
+from train_lora.demo.run import SAMPLE_SEED, System, renderer
 from train_lora.distributed import join_processes
 from train_lora.export import shared_unet_with_lora
 from train_lora.metrics.frechet import frechet_distance
@@ -43,6 +43,17 @@ LORA, RESULT = "lora.safetensors", "result.json"
 NUM_WATCHED, WATCH_EVERY, WATCH_SEED = 8, 4, 77
 PATCH_PX, NUM_REAL_FOR_PATCHES = 64, 512
 PATCH_SEED = derived_seed(103)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seeds:
+    """Of what is measured; what chooses by the figures takes others than what reports them."""
+
+    prompts: int
+    noise: int
+
+
+REPORTED = Seeds(prompts=PROMPT_SEED, noise=SAMPLE_SEED)
 
 Settings = Mapping[str, str]
 """Configuration key -> value as on the command line, over the demo's preset."""
@@ -94,7 +105,7 @@ def run_all(runs: Sequence[Run], module: str, out: Path, workers: int) -> None:
         list(pool.map(run, left))
 
 
-def train_and_measure(run: Run, out: Path) -> None:
+def train_and_measure(run: Run, out: Path, seeds: Seeds = REPORTED) -> None:
     """Train, export, measure the file, and write what came out."""
     torch.set_num_threads(1)
     folder, config = run.folder(out), run.config(out)
@@ -108,7 +119,7 @@ def train_and_measure(run: Run, out: Path) -> None:
         "settings": dict(run.settings),
         "seconds": round(seconds, 1),
         "brightness": brightness,
-        **measure_lora(folder / LORA),
+        **measure_lora(folder / LORA, seeds),
     }
     write_result(folder, result)
 
@@ -170,34 +181,36 @@ def captions_condition(components: Components, captions: Sequence[str]) -> Any:
     return encode_captions(components, list(captions), scenes.IMAGE_PX)
 
 
-def measure_lora(lora: Path) -> dict[str, float]:
+def measure_lora(lora: Path, seeds: Seeds = REPORTED) -> dict[str, float]:
     """The demo's figures of the exported file, applied to a teacher loaded afresh."""
     from train_lora.demo.teacher import load_teacher
 
     unet, recipe = shared_unet_with_lora(load_teacher().unet, lora)
     assert recipe is not None
-    return measure(unet, load_teacher(), System(role=STUDENT, plan=recipe.plan()))
+    return measure(unet, load_teacher(), System(role=STUDENT, plan=recipe.plan()), seeds)
 
 
-def measure(unet: SharedUNet, components: Components, system: System) -> dict[str, float]:
+def measure(
+    unet: SharedUNet, components: Components, system: System, seeds: Seeds = REPORTED
+) -> dict[str, float]:
     """`SystemFigures` by name, and the distance of patches."""
     classifier = load_classifier()
-    yardstick = build_yardstick(classifier)
+    yardstick = build_yardstick(classifier, prompt_seed=seeds.prompts)
     condition = captions_condition(components, yardstick.captions)
-    images = renderer(unet, components, system, condition)()
+    images = renderer(unet, components, system, condition, seeds.noise)()
     figures = asdict(yardstick.measure(lambda: images, system.network_evaluations))
     del figures["seconds_per_image"]  # drawn beforehand
-    return {**figures, "patch_distance": patch_distance(classifier, images)}
+    return {**figures, "patch_distance": patch_distance(classifier, images, seeds.prompts)}
 
 
 @torch.no_grad()
-def patch_distance(classifier: SceneClassifier, images: Tensor) -> float:
+def patch_distance(classifier: SceneClassifier, images: Tensor, prompt_seed: int) -> float:
     """Frechet distance of the pictures' quarters to those of real scenes of the same prompts.
 
     Each quarter is brought to the classifier's size: what counts is detail, not what the whole
     picture shows, as in the paper's patch FID.
     """
-    prompts = evaluation_scenes()
+    prompts = evaluation_scenes(prompt_seed)
     generator = torch.Generator().manual_seed(PATCH_SEED)
     rounds = NUM_REAL_FOR_PATCHES // len(prompts)
     real = [patch_features(classifier, scenes.draw(prompts, generator)) for _ in range(rounds)]

@@ -7,7 +7,7 @@ from .discriminator import LayerHeads, MiddleBlockHead
 from .divergence import Divergence, divergence_weight
 from .families import FAMILIES, family_recipe
 from .few_step import StepPlan, few_step_sample, initial_sample
-from .guidance import classifier_free_guidance, guided
+from .guidance import both_branches, classifier_free_guidance, guided
 from .losses import (
     approximate_r1_loss,
     denoising_loss,
@@ -63,6 +63,7 @@ __all__ = [
     "VPSchedule",
     "add_noise",
     "approximate_r1_loss",
+    "both_branches",
     "classifier_free_guidance",
     "coefficients",
     "denoising_loss",

@@ -18,6 +18,15 @@ class DistributionMatchingConfig(Section):
     guidance: float = number(8.0, low=1, high=100)
     """Classifier-free guidance of the teacher's score, baked into the student; 1: no guidance."""
 
+    guidance_weight: float = number(1.0, low=0, open_low=True)
+    """Weight of what guidance adds to the gradient: the student is distilled with guidance 1 +
+    `guidance_weight` x (`guidance` - 1), while the teacher draws with `guidance`."""
+
+    guidance_timesteps: Literal["shared", "apart", "above"] = "shared"
+    """Where what guidance adds is computed: at the timesteps of the comparison with the critic
+    (DMD2), at some of its own, or at its own above the student's step (Decoupled DMD, arXiv
+    2511.22677). Not "shared" costs two passes of the teacher."""
+
     min_timestep: int = number(20, low=0, high=NUM_TIMESTEPS - 1)
     """Smallest timestep at which teacher and critic are compared."""
 
@@ -38,6 +47,13 @@ class DistributionMatchingConfig(Section):
                 f"distribution_matching.min_timestep is {self.min_timestep}, above max_timestep "
                 f"{self.max_timestep}; set it to at most {self.max_timestep}."
             )
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the teacher's score in the gradient."""
+        if self.guidance_weight == 1.0:
+            return self.guidance
+        return 1.0 + self.guidance_weight * (self.guidance - 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ through the student with one `backward`. No role is switched between a forward a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from dmd2_core import (
     add_noise,
     coefficients,
     denoising_loss,
-    distribution_matching_gradient,
     distribution_matching_loss,
     few_step_sample,
     from_x0,
@@ -32,11 +31,14 @@ from dmd2_core import (
 )
 
 from .adversary import Adversary
+from .anchor import anchor_plan, anchor_target
 from .config import Config
 from .draws import Draws, randn_like, random_timesteps
+from .matching import matching_gradient
 from .models.components import Components
 from .models.roles import SharedUNet
 from .models.text import Condition
+from .regression_losses import RegressionLoss, squared_error
 
 Figures = dict[str, Tensor]
 """Name -> scalar tensor (detached); fetched by the loop only when it logs."""
@@ -79,9 +81,11 @@ class StudentSample:
     x0: Tensor
     """(B, 4, H/8, W/8); with its graph if the generator is updated, else detached."""
     condition: Condition
+    timestep: int
+    """Of the step that made them: how noisy the student's input was."""
 
     def detached(self) -> StudentSample:
-        return StudentSample(x0=self.x0.detach(), condition=self.condition)
+        return replace(self, x0=self.x0.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +98,19 @@ class Distiller:
     components: Components
     plan: StepPlan
     config: Config
+    regression: RegressionLoss = squared_error
+    """How far one step is from the teacher's image, in `regression.loss`."""
     denoiser: Denoiser[Condition] = field(init=False)
+    anchor: StepPlan | None = field(init=False)
+    """How the teacher leads the student's first step; None without a diversity anchor."""
     adversary: Adversary = field(init=False)
 
     def __post_init__(self) -> None:
         denoiser = Denoiser(self.unet, self.components.schedule, self.components.prediction)
         object.__setattr__(self, "denoiser", denoiser)
+        anchored = self.config.diversity_anchor.weight > 0
+        plan = anchor_plan(self.config.diversity_anchor, self.plan) if anchored else None
+        object.__setattr__(self, "anchor", plan)
         adversary = Adversary(
             unet=self.unet,
             head=self.head,
@@ -120,7 +131,8 @@ class Distiller:
                 x_t, condition = self._student_input(batch, step, draws)
             t = self.plan.times(self.plan.told(step), x_t)
             with torch.set_grad_enabled(with_graph):
-                return StudentSample(x0=self.denoiser(x_t, t, condition), condition=condition)
+                x0 = self.denoiser(x_t, t, condition)
+        return StudentSample(x0=x0, condition=condition, timestep=int(self.plan.timesteps[step]))
 
     def _student_input(self, batch: Batch, step: int, draws: Draws) -> tuple[Tensor, Condition]:
         """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
@@ -151,7 +163,7 @@ class Distiller:
         total = torch.zeros_like(x, dtype=torch.float32)
         figures: Figures = {}
         if self.config.distribution_matching.enabled:
-            direction = self._matching_gradient(x, sample.condition, draws)
+            direction = matching_gradient(self, sample, draws)
             loss, gradient = sample_gradient(lambda s: distribution_matching_loss(s, direction), x)
             total += gradient
             figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
@@ -164,7 +176,26 @@ class Distiller:
             sample.x0.backward(total.to(sample.x0.dtype))
         if pairs is not None:
             figures |= self.regression_step(pairs, self.config.regression.weight)
+        if self.anchor is not None:
+            figures |= self._anchor_step(sample.condition, self.anchor, draws)
         return figures
+
+    def _anchor_step(self, condition: Condition, anchor: StepPlan, draws: Draws) -> Figures:
+        """Accumulate the gradient of the student's first step towards the teacher's (DP-DMD)."""
+        schedule = self.components.schedule
+        eps = randn_like(condition.hidden.new_empty(condition.latent_shape()), draws)
+        x = initial_sample(schedule, self.plan, eps)
+        teacher = guided(self.denoiser, self.config.distribution_matching.guidance)
+        unconditional = self.components.unconditional(condition)
+        with self.unet.role("teacher"), torch.no_grad():
+            target = anchor_target(
+                lambda x_t, t: teacher(x_t, t, condition, unconditional), x, schedule, anchor
+            )
+        t = self.plan.times(self.plan.told(0), x)
+        with self.unet.role("student"):
+            loss = regression_loss(self.denoiser(x, t, condition), target)
+            (self.config.diversity_anchor.weight * loss).backward()
+        return {"loss/anchor": loss.detach()}
 
     def regression_step(self, pairs: Pairs, weight: float = 1.0) -> Figures:
         """Accumulate the student's gradient towards the teacher's images (arXiv 2311.18828, 3.2).
@@ -174,23 +205,10 @@ class Distiller:
         x = initial_sample(self.components.schedule, self.plan, pairs.noise)
         t = self.plan.times(self.plan.told(0), x)
         with self.unet.role("student"):
-            loss = regression_loss(self.denoiser(x, t, pairs.condition), pairs.latents)
-            (weight * loss).backward()
-        return {"loss/regression": loss.detach()}
-
-    @torch.no_grad()
-    def _matching_gradient(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """Teacher against critic on the same noised samples; no gradient through any score."""
-        settings = self.config.distribution_matching
-        t = random_timesteps(settings.min_timestep, settings.max_timestep, x, draws)
-        x_t = add_noise(self.components.schedule, x, randn_like(x, draws), t)
-        with self.unet.role("teacher"):
-            teacher = guided(self.denoiser, settings.guidance)
-            x0_real = teacher(x_t, t, condition, self.components.unconditional(condition))
-        with self.unet.role("critic"):
-            x0_fake = self.denoiser(x_t, t, condition)
-        gradient = distribution_matching_gradient(x, x0_real, x0_fake)
-        return self.adversary.weighted(gradient, x_t, t, condition)
+            x0 = self.denoiser(x, t, pairs.condition)
+            loss, gradient = self.regression(x0, pairs.latents)
+            x0.backward((weight * gradient).to(x0.dtype))
+        return {"loss/regression": loss}
 
     # -- the critic -------------------------------------------------------------------------------
 

@@ -113,6 +113,9 @@ RECIPES = {
             "gan.r1_weight": 100.0,
             "gan.r1_noise": 0.1,
             "distribution_matching.divergence": "jensen-shannon",
+            "critic.betas": "[0, 0.99]",
+            "distribution_matching.guidance_timesteps": "above",
+            "distribution_matching.guidance_weight": 0.5,
             "export.thumbnail": "false",
         },
     ),
@@ -144,11 +147,14 @@ RECIPES = {
             "data.prompts": "{}/prompts.txt",
             "data.real_images": "{}/rows",
             "data.caption_column": "caption",
+            "diversity_anchor.weight": 0.05,
+            "diversity_anchor.timestep": 499,
+            "diversity_anchor.teacher_steps": 2,
             "data.image_column": "image",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage2",
         timesteps=(999,),
         conditioning_timestep=399,
         settings={
@@ -157,6 +163,7 @@ RECIPES = {
             "data.real_images": "teacher",
             "data.teacher_images": 2,
             "data.resolution_px": 256,
+            "training.continue_from": "none",  # test_stages.py: from a run
             "training.batch_size": 1,
             "training.mixed_precision": "no",
             "training.gradient_checkpointing": "false",
@@ -164,7 +171,7 @@ RECIPES = {
         },
     ),
     "SD1.5 folder, full student, without GAN": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage1",
         # Sharded, gradients meet at the skip connections in another order: 1e-6 in float32,
         # thousands of times that in bf16.
         tolerance=3e-3,
@@ -176,7 +183,6 @@ RECIPES = {
             "data.real_images": None,
             "data.resolution_px": 128,
             "data.sizes": '["128x128", "160x96"]',
-            "gan.enabled": "false",
             "student.kind": "full",
             "student.alpha": None,
             "model.base_precision": "bf16",
