@@ -16,6 +16,7 @@ from train_lora.config import Config
 from train_lora.demo import architecture
 from train_lora.model_setup import autocast_dtype
 from train_lora.models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
+from train_lora.models.text import LATENT_PX
 
 from .random_model import meta_unet
 
@@ -35,7 +36,7 @@ def resident_bytes(config: Config, kind: str) -> dict[str, int]:
     head: nn.Module = nn.Identity()
     if config.gan.enabled:
         with torch.device("meta"):
-            head = build_head(config.gan, unet, config.data.resolution_px)
+            head = build_head(config.gan, unet, config.data.resolution_px // LATENT_PX)
     student, critic = unet.parameters_of(STUDENT), unet.parameters_of(CRITIC)
     adapters = sum(_num_bytes(unet.parameters_of(role)) for role in unet.adapters)
     optimizer = config.training.optimizer

@@ -31,7 +31,7 @@ from .distributed import several, total
 from .draws import Draws, randn_like, random_timesteps
 from .models.passes import MIDDLE, LayerShape
 from .models.roles import SharedUNet
-from .models.text import LATENT_PX, Condition
+from .models.text import Condition
 
 if TYPE_CHECKING:
     from .distill import Figures, RealImages, StudentSample
@@ -56,18 +56,17 @@ def chosen_layers(settings: GanConfig, offered: dict[str, LayerShape]) -> tuple[
 def build_head(
     settings: GanConfig,
     unet: SharedUNet,
-    resolution_px: int,
+    side: int,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """The paper's head on the middle block, or a head for each of several layers.
 
-    Called with the maps of `chosen_layers`; `generator` as for `MiddleBlockHead`.
+    Called with the maps of `chosen_layers`; `side`: latent cells along each side of an image at
+    the base resolution; `generator` as for `MiddleBlockHead`.
     """
-    latent_side = resolution_px // LATENT_PX
     names = chosen_layers(settings, unet.layers)
     shapes = {
-        name: (unet.layers[name].channels, latent_side // unet.layers[name].downscale)
-        for name in names
+        name: (unet.layers[name].channels, side // unet.layers[name].downscale) for name in names
     }
     if names == (MIDDLE,):
         return MiddleBlockHead(*shapes[MIDDLE], generator=generator)

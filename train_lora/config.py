@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from .config_anchor import DiversityAnchorConfig
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
-from .config_regression import RegressionConfig
+from .config_regression import WEIGHT_SOURCES, RegressionConfig
 from .config_results import (
     RESULTS,
     CheckpointConfig,
@@ -105,6 +105,12 @@ class Config:
                 f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
                 'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
             )
+        if self.student.init is not None and self.training.continue_from is not None:
+            raise ValueError(
+                f"student.init is {self.student.init!r}, but training.continue_from is "
+                f"{self.training.continue_from!r}, whose student this run starts from; set one of "
+                'them to "none".'
+            )
         regression, critic = self.regression.warmup_iterations, self.critic.warmup_iterations
         if regression + critic >= self.training.iterations:
             added = f" and regression.warmup_iterations is {regression}" if regression else ""
@@ -143,6 +149,13 @@ class Config:
                 "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
                 f"{instead}."
             )
+        loss = self.regression.loss
+        if loss != "mse" and self.regression.lpips_weights is None:
+            raise ValueError(
+                f'regression.lpips_weights is not set, but regression.loss is "{loss}", and '
+                f"nothing downloads its network; get {WEIGHT_SOURCES[loss]} and name the file, or "
+                'set regression.loss to "mse".'
+            )
 
     def _check_anchor(self) -> None:
         steps = len(self.sampling.timesteps) or self.sampling.steps
@@ -173,8 +186,9 @@ class Config:
         for results in RESULTS:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
-        named = (("model", "path"), ("student", "init"), ("regression", "pairs"))
-        for section, key in (*named, *sources):
+        named = (("model", "path"), ("student", "init"), ("training", "continue_from"))
+        regressions = (("regression", key) for key in ("pairs", "lpips_weights", "tiny_vae"))
+        for section, key in (*named, *regressions, *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings

@@ -20,7 +20,7 @@ from .config_values import describe_type, fit, python_value
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
 UNKNOWN = "..."
-"""In place of a text that is not set yet."""
+"""In place of a text that is not set yet; in a preset, of one that it cannot do without."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -39,6 +39,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }
 """What each `training.objective` sets, where what names it does not set it otherwise."""
+
+NEEDED_AT_TIMES = ("data.real_images", "regression.pairs", "regression.lpips_weights")
+"""Keys that must be set where others ask for them."""
 
 TYPES: dict[str, Any] = {
     f"{section}.{item.name}": get_type_hints(kind)[item.name]
@@ -120,7 +123,7 @@ def _merged(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return values, origins
+    return {key: value for key, value in values.items() if value != UNKNOWN}, origins
 
 
 def _with_objective(
@@ -209,6 +212,10 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(of_pairs, "regression.warmup_iterations", "training.objective")
     if config.regression.warmup_iterations == 0:
         mark(["regression.learning_rate"], "regression.warmup_iterations")
+    if config.regression.loss == "mse":
+        mark(["regression.lpips_weights"], "regression.loss")
+    if config.regression.loss != "lpips":
+        mark(["regression.tiny_vae"], "regression.loss")
     if config.training.objective != "dmd":
         mark(["regression.weight"], "training.objective")
     _mark_anchor_and_guidance(config, mark)
@@ -303,7 +310,7 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
 
 def _build(values: Mapping[str, Any]) -> Config:
     missing = _missing(values)
-    if not set(missing) <= {"data.real_images", "regression.pairs"}:  # `Config` says why these are
+    if not set(missing) <= set(NEEDED_AT_TIMES):  # `Config` says why these are
         section, _, name = missing[0].partition(".")
         others = f"; also needed: {', '.join(missing[1:])}" if missing[1:] else ""
         raise ValueError(
@@ -322,7 +329,8 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
     takes_images = values["gan.enabled"] or not values["backward_simulation.enabled"]
     dmd = values["training.objective"] == "dmd"
     takes_pairs = dmd or values["regression.warmup_iterations"] > 0
-    needed = {"data.real_images": takes_images, "regression.pairs": takes_pairs}
+    takes_lpips = takes_pairs and values["regression.loss"] != "mse"
+    needed = dict(zip(NEEDED_AT_TIMES, (takes_images, takes_pairs, takes_lpips), strict=True))
     return [k for k in TYPES if k not in values or (needed.get(k, False) and values[k] is None)]
 
 

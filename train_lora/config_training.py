@@ -20,6 +20,11 @@ class TrainingConfig(Section):
     iterations: int = number(16_000, low=1)
     """Number of iterations, each with one critic update but for those of the regression."""
 
+    continue_from: str | None = None
+    """An earlier run's folder (its best checkpoint, or else its newest), or one of its checkpoints,
+    RUN/checkpoints/000500: this new run starts from that student, its average and that critic;
+    "none": from the teacher."""
+
     batch_size: int = number(4, low=1)
     """Images in one forward pass."""
 

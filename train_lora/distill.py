@@ -38,6 +38,7 @@ from .matching import matching_gradient
 from .models.components import Components
 from .models.roles import SharedUNet
 from .models.text import Condition
+from .regression_losses import RegressionLoss, squared_error
 
 Figures = dict[str, Tensor]
 """Name -> scalar tensor (detached); fetched by the loop only when it logs."""
@@ -97,6 +98,8 @@ class Distiller:
     components: Components
     plan: StepPlan
     config: Config
+    regression: RegressionLoss = squared_error
+    """How far one step is from the teacher's image, in `regression.loss`."""
     denoiser: Denoiser[Condition] = field(init=False)
     anchor: StepPlan | None = field(init=False)
     """How the teacher leads the student's first step; None without a diversity anchor."""
@@ -202,9 +205,10 @@ class Distiller:
         x = initial_sample(self.components.schedule, self.plan, pairs.noise)
         t = self.plan.times(self.plan.told(0), x)
         with self.unet.role("student"):
-            loss = regression_loss(self.denoiser(x, t, pairs.condition), pairs.latents)
-            (weight * loss).backward()
-        return {"loss/regression": loss.detach()}
+            x0 = self.denoiser(x, t, pairs.condition)
+            loss, gradient = self.regression(x0, pairs.latents)
+            x0.backward((weight * gradient).to(x0.dtype))
+        return {"loss/regression": loss}
 
     # -- the critic -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ class Trainer:
         self.pictured = None
         if config.export.thumbnail:  # encoded now: later the text encoders may be off the GPU
             self.pictured = thumbnail_condition(config, distiller.components, self.caption)
+        self.earlier: dict[str, Any] | None = None  # settings of the run that this one continues
         self.iteration = 0  # those done
         self.saved_iteration = 0
         self.seconds_training = 0.0
@@ -338,6 +339,7 @@ class Trainer:
                 path,
                 whole=path.with_name(CHECKPOINT_FILE),
                 iterations=self.iteration,
+                earlier=self.earlier,
                 pictured=self.pictured,
                 overwrite=True,
                 writes=self.accelerator.is_main_process,

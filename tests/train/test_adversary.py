@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2_core import Divergence, MiddleBlockHead, add_noise, derived_generator, divergence_weight
-from train_lora.adversary import build_head
+from benchmarks.random_model import meta_unet
+from dmd2_core import Divergence, LayerHeads, MiddleBlockHead, add_noise, derived_generator
 from train_lora.checkpoint import check_config, read_state, restore
 from train_lora.config_load import load
 from train_lora.config_losses import DistributionMatchingConfig
 from train_lora.distill import Batch, Distiller
 from train_lora.draws import Draws, randn_like, random_timesteps, sample_draws
 from train_lora.loop import HEAD_STREAM
+from train_lora.models.passes import Passes
 
-from .tiny import demo_config, random_batch, random_distiller, small_trainer
+from .tiny import SMALL, demo_config, random_batch, random_distiller, small_trainer
 
 WEIGHT = 0.1
 """gan.critic_weight of the demo preset."""
@@ -66,7 +67,7 @@ def same(found: list[Tensor | None], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-6)
 
 
-# -- which features ---------------------------------------------------------------------------------
+# -- which features --------------------------------------------------------------------------------
 
 
 def test_the_papers_head_is_drawn_as_before(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
         demo_config(tmp_path, gan__layers="up1")
 
 
-# -- the critic's step against losses written out ---------------------------------------------------
+# -- the critic's step against losses written out --------------------------------------------------
 
 
 def test_a_shared_draw_saves_a_pass_and_adds_up_the_two_losses(
@@ -211,7 +212,7 @@ def test_r1_compares_real_images_with_slightly_noised_ones(
     same(critic_gradients(distiller), expected)
 
 
-# -- the divergence ---------------------------------------------------------------------------------
+# -- the divergence --------------------------------------------------------------------------------
 
 
 def test_the_configuration_offers_the_cores_divergences() -> None:
@@ -278,7 +279,7 @@ def test_options_without_effect_are_errors(tmp_path: Path) -> None:
             load(overrides=list(values.items()))
 
 
-# -- training ---------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 CHOICES: dict[str, dict[str, object]] = {
@@ -363,25 +364,32 @@ def test_a_resumed_run_has_the_same_bits_and_other_layers_are_refused(tmp_path: 
         assert all(map(torch.equal, one.parameters, other.parameters))
     assert "head.heads.down1.logit.weight" in trainer.critic.names
 
-    other = demo_config(
-        tmp_path / "run",
-        **{k: v for k, v in trainer_settings(settings).items() if k != "gan__layers"},
-        gan__layers="middle",
-    )
+    other = demo_config(tmp_path / "run", **SMALL | settings | {"gan__layers": "middle"})
     with pytest.raises(ValueError, match=r"gan.layers is \['middle'\], but the run in .* has"):
         check_config(read_state(checkpoint), other, tmp_path / "run")
 
 
-def trainer_settings(settings: dict[str, object]) -> dict[str, object]:
-    from .tiny import SMALL
-
-    return SMALL | settings
-
-
-def test_heads_of_other_models_have_their_maps_sizes() -> None:
-    """SDXL and SD1.5 at full size, without weights."""
-    from benchmarks.random_model import meta_unet
-
-    for kind, px, sides in (("sdxl", 1024, [64, 32, 32, 32]), ("sd15", 512, [32, 16, 8, 8, 8])):
-        pass
-    del build_head, meta_unet, sides, px, kind
+@pytest.mark.parametrize(
+    ("kind", "px", "sides"),
+    [("sdxl", 1024, [64, 32, 32, 32]), ("sd15", 512, [32, 16, 8, 8, 8])],
+)
+def test_full_models_have_the_maps_that_the_heads_are_made_for(
+    kind: Literal["sdxl", "sd15"], px: int, sides: list[int]
+) -> None:
+    """Shapes only, on the meta device."""
+    passes = Passes(meta_unet(kind))
+    channels = [*passes.unet.config.block_out_channels, passes.unet.config.block_out_channels[-1]]
+    with torch.device("meta"):
+        added = None
+        if kind == "sdxl":
+            added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        hidden = torch.empty(1, 77, passes.unet.config.cross_attention_dim)
+        latents = torch.empty(1, 4, px // 8, px // 8)
+        maps = passes.features(latents, torch.empty(1), hidden, added, tuple(passes.layers))
+        shapes = {
+            name: (shape.channels, px // 8 // shape.downscale)
+            for name, shape in passes.layers.items()
+        }
+        assert LayerHeads(shapes)(*maps).shape == (1,)
+    assert list(shapes.values()) == list(zip(channels, sides, strict=True))
+    assert [(m.shape[1], m.shape[2]) for m in maps] == list(shapes.values())

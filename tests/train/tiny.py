@@ -84,7 +84,7 @@ def random_distiller(config: Config, seed: int = 0) -> Distiller:
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return Distiller(
         unet=unet,
-        head=build_head(config.gan, unet, 128, generator),
+        head=build_head(config.gan, unet, 16, generator),
         components=components,
         plan=StepPlan.evenly(4),
         config=config,
