@@ -205,6 +205,11 @@ class SteppedSchedule:
         """T: valid times are 0 .. T - 1."""
         return len(self.times)
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether alpha is exactly zero at the last step: of flow, not of EDM."""
+        return self.base.alpha(self.times[-1]).item() == 0.0
+
     def time(self, t: Tensor) -> Tensor:
         """The base schedule's time (EDM: sigma) at steps `t`, integers of any shape."""
         return _look_up(self.times, t)

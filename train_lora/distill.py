@@ -34,9 +34,9 @@ from dmd2_core import (
 
 from .config import Config
 from .draws import Draws, randn_like, random_timesteps
+from .models.class_condition import AnyCondition as Condition
 from .models.components import Components
 from .models.roles import SharedUNet
-from .models.text import Condition
 
 Figures = dict[str, Tensor]
 """Name -> scalar tensor (detached); fetched by the loop only when it logs."""
@@ -115,8 +115,8 @@ class Distiller:
 
     def _student_input(self, batch: Batch, step: int, draws: Draws) -> tuple[Tensor, Condition]:
         """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
-        schedule, hidden = self.components.schedule, batch.condition.hidden
-        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), draws)
+        schedule, condition = self.components.schedule, batch.condition
+        eps = randn_like(torch.empty(condition.latent_shape(), device=condition.device), draws)
         if not self.config.backward_simulation.enabled:
             assert batch.real is not None
             t = self.plan.times(self.plan.timesteps[step], eps)
@@ -199,7 +199,7 @@ class Distiller:
             if self.config.gan.enabled:
                 assert batch.real is not None
                 both = torch.cat([batch.real.latents, x])
-                captions = Condition.cat([batch.real.condition, sample.condition])
+                captions = sample.condition.cat([batch.real.condition, sample.condition])
                 real, fake = self._logits(both, captions, [*draws, *draws]).chunk(2)
                 gan = gan_critic_loss(real, fake)
                 (self.config.gan.critic_weight * gan).backward()
@@ -222,7 +222,8 @@ class Distiller:
         if self.config.critic.loss_space == "velocity":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
-        return denoising_loss(prediction, output, x, eps, *coefficients_t)
+        weight = self.components.denoising_weight(coefficients_t[1])
+        return denoising_loss(prediction, output, x, eps, *coefficients_t, weight)
 
     def _logits(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""

@@ -6,6 +6,7 @@ checkpoint, so its weights load as they are. No dropout: DMD2's settings name no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,6 +147,8 @@ class EDMUNet(nn.Module):
     def __init__(self, config: EDMConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputed: Callable[..., Tensor] | None = None
+        """Gradient checkpointing: what runs a block where gradients are wanted; None: nothing."""
         embedding = EMBEDDING_FACTOR * config.width
         self.map_layer0 = nn.Linear(config.width, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
@@ -169,7 +172,7 @@ class EDMUNet(nn.Module):
                 continue
             if not name.endswith("_up"):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, embedding)
+            x = self._run(block, x, embedding)
         return self.out_conv(F.silu(self.out_norm(x)))
 
     def features(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -232,15 +235,20 @@ class EDMUNet(nn.Module):
     def _encode(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for block in self.enc.values():
-            x = block(x, embedding) if isinstance(block, ResidualBlock) else block(x)
+            x = self._run(block, x, embedding) if isinstance(block, ResidualBlock) else block(x)
             skips.append(x)
         return x, skips
 
     def _middle(self, x: Tensor, embedding: Tensor) -> Tensor:
         for name, block in self.dec.items():
             if _is_middle(name):
-                x = block(x, embedding)
+                x = self._run(block, x, embedding)
         return x
+
+    def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.recomputed is None or not torch.is_grad_enabled():
+            return block(x, embedding)
+        return self.recomputed(block, x, embedding)
 
 
 def _is_middle(name: str) -> bool:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+
+from .text import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+    from .edm_teacher import EDMPasses
 
 Added = dict[str, Tensor] | None
 """SDXL's pooled vector and size ids, under diffusers' names; None for SD1.5."""
@@ -22,6 +27,26 @@ class Passes(nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
+
+    def inputs(
+        self, x_t: Tensor, condition: Condition, autocast: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Added]:
+        """x_t, hidden states, and SDXL's pooled vector with the size ids (those stay float32), in
+        the dtype of `autocast`, None for the network's own: what both passes take beside t."""
+        dtype = autocast or self.unet.conv_in.weight.dtype
+        hidden, added = condition.hidden.to(dtype), None
+        if condition.pooled.shape[1] > 0:
+            added = {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids}
+        return x_t.to(dtype), hidden, added
+
+    @property
+    def feature_channels(self) -> int:
+        return int(self.unet.config.block_out_channels[-1])
+
+    @property
+    def feature_downscale(self) -> int:
+        """Latent cells per cell of `features` along each side: 4 in SDXL, 8 in SD1.5."""
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def forward(self, sample: Tensor, t: Tensor, hidden: Tensor, added: Added) -> Tensor:
         """The network's output, (B, 4, H/8, W/8) like `sample`."""
@@ -45,3 +70,11 @@ class Passes(nn.Module):
             output = block(hidden_states=sample, temb=embedding, **context)
             sample = output if isinstance(output, Tensor) else output[0]
         return sample
+
+
+def passes_of(network: nn.Module) -> Passes | EDMPasses:
+    """The network's passes, by its kind."""
+    from .edm_network import EDMNetwork
+    from .edm_teacher import EDMPasses
+
+    return EDMPasses(network) if isinstance(network, EDMNetwork) else Passes(network)
