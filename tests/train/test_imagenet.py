@@ -80,10 +80,11 @@ def test_in_one_step_it_draws_the_colours_of_each_class(
     trainer = trainer_of(
         files,
         tmp_path / "run",
-        training__iterations=100,
+        training__iterations=60,
         training__ema_decay=0.5,
         student__learning_rate=1e-3,
         critic__learning_rate=2e-3,
+        critic__updates_per_generator=2,
         **overrides,
     )
     unet, components = trainer.distiller.unet, trainer.distiller.components
@@ -100,7 +101,9 @@ def test_in_one_step_it_draws_the_colours_of_each_class(
     before = apart()
     for iteration in range(trainer.config.training.iterations):
         trainer.iterate(iteration)
-    assert (apart() < 0.75 * before).all(), (before, apart())
+    assert (before > 0.5).all()  # 0.6 is gray
+    # 0.51 of the baseline with GAN when this was written; 0.46 is the teacher's in 50 steps.
+    assert (apart() < 0.65 * before).all(), (before, apart())
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_bits_and_files(
