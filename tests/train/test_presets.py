@@ -17,38 +17,30 @@ PATHS = {
     "data.real_images": "photos",
     "output.directory": "run",
 }
-NAMES = [path.stem for path in sorted(PRESETS.glob("*.toml")) if path.stem != "demo"]
-IMAGENET = ["imagenet64", "imagenet64-long"]
+OTHERS = ("demo", "imagenet64")  # of the second kind: test_imagenet_presets.py
+NAMES = [p.stem for p in sorted(PRESETS.glob("*.toml")) if not p.stem.startswith(OTHERS)]
 ONE_GPU = ["sdxl-4step-24gb", "sdxl-4step-16gb", "sdxl-4step-12gb"]
 
 
-def needs(name: str, key: str) -> bool:
-    """Whether the preset leaves the path to the user."""
-    has_classes, has_images = name in IMAGENET, name != "imagenet64-long"
-    return {"data.prompts": not has_classes, "data.real_images": has_images}.get(key, True)
-
-
 def resolved(name: str, **overrides: object) -> Config:
-    """The preset with the paths that it leaves open, and `section__key=value`."""
+    """The preset with the four paths that it leaves open, and `section__key=value`."""
     pairs = {"regression.pairs": "pairs"} if name == "sdxl-1step" else {}
-    paths = {key: path for key, path in PATHS.items() if needs(name, key)}
-    given = paths | pairs | {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    given = PATHS | pairs | {key.replace("__", "."): str(value) for key, value in overrides.items()}
     return load(preset=name, overrides=list(given.items())).config
 
 
 def test_these_are_the_presets() -> None:
-    assert set(NAMES) == {"sdxl-4step", *ONE_GPU, "sdxl-1step", "sd15-1step", *IMAGENET}
+    assert set(NAMES) == {"sdxl-4step", *ONE_GPU, "sdxl-1step", "sd15-1step"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_resolves_given_paths_and_says_what_it_is_for_and_needs(name: str) -> None:
     config = resolved(name)
     text = (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
-    purpose, needed = text.splitlines()[:2]
-    assert purpose.startswith(("# SD", "# ImageNet-64"))
+    purpose, needs = text.splitlines()[:2]
+    assert purpose.startswith("# SD")
     assert purpose.endswith(".")
-    assert needed.startswith("# Needs model.path")
-    assert all((key in text.partition("#\n")[0]) == needs(name, key) for key in PATHS)
+    assert needs.startswith("# Needs model.path, data.prompts, data.real_images")
     for section, keys in tomllib.loads(text).items():  # nothing of it is overruled
         for key, value in keys.items():
             assert value_of(config, f"{section}.{key}") == value
@@ -76,20 +68,6 @@ def test_the_figures_are_the_papers() -> None:
     assert small.critic.updates_per_generator == 10
     assert (small.gan.generator_weight, small.gan.critic_weight) == (1e-3, 1e-2)
     assert small.data.resolution_px == 512
-
-
-def test_imagenets_figures_are_the_papers() -> None:
-    short, long = (resolved(name) for name in IMAGENET)
-    for config in (short, long):
-        assert 7 * config.training.batch_size == 280
-        assert config.student.learning_rate == config.critic.learning_rate == 2e-6
-        assert config.critic.updates_per_generator == 5
-        assert config.distribution_matching.guidance == 1
-        assert step_plan(config).timesteps == (999,)
-        assert config.sampling.conditioning_timestep is None
-    assert (short.training.iterations, long.training.iterations) == (200_000, 400_000)
-    assert (short.gan.generator_weight, short.gan.critic_weight) == (3e-3, 1e-2)
-    assert not long.gan.enabled
 
 
 def test_those_for_one_gpu_learn_the_same_in_other_pieces() -> None:
