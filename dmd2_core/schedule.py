@@ -201,14 +201,14 @@ class SteppedSchedule:
         return cls(FlowSchedule(), steps / NUM_TIMESTEPS)
 
     @property
+    def has_zero_terminal_snr(self) -> bool:
+        """False: that is said of VP models, some of which were rescaled to it; no other ever is."""
+        return False
+
+    @property
     def num_timesteps(self) -> int:
         """T: valid times are 0 .. T - 1."""
         return len(self.times)
-
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """Whether alpha is exactly zero at the last step: of flow, not of EDM."""
-        return self.base.alpha(self.times[-1]).item() == 0.0
 
     def time(self, t: Tensor) -> Tensor:
         """The base schedule's time (EDM: sigma) at steps `t`, integers of any shape."""

@@ -41,6 +41,11 @@ def load_components(
         found = Path(path)
         name = found.resolve().name.removesuffix(".safetensors")
     if not found.is_dir() and is_edm_file(found):
+        if prediction != "auto":
+            raise ValueError(
+                f"{found} is an EDM network, which predicts pictures, not {prediction!r}: set the "
+                'prediction to "auto"'
+            )
         return load_edm_components(found, name)
     loaded = (load_folder if found.is_dir() else load_single_file)(found, dtype)
     kind_of_prediction, schedule = resolve(Path(path), loaded.statements, prediction)
