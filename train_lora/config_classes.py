@@ -41,6 +41,11 @@ def check_classes(config: Config) -> None:
             f"distribution_matching.guidance is {matching.guidance}, but {_BECAUSE}, and an EDM "
             "network has no unconditional branch to guide by; set it to 1."
         )
+    if matching.guidance_timesteps != "shared":
+        raise ValueError(
+            f'distribution_matching.guidance_timesteps is "{matching.guidance_timesteps}", but '
+            f'{_BECAUSE}, and an EDM network is not guided; set it to "shared".'
+        )
     if config.needs_pairs:
         raise ValueError(
             f"regression.warmup_iterations is {config.regression.warmup_iterations} and "

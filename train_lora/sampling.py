@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .models.class_condition import AnyCondition
 from .models.components import Components
 from .models.placement import placed
 from .models.roles import SharedUNet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +120,18 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
 
 def _decoded(components: Components, latents: Tensor) -> Tensor:
     vae = components.vae
-    rows = vae_rows(
-        components.latent_px * latents.shape[2], components.latent_px * latents.shape[3]
-    )
-    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(rows)
+    cell_px = components.latent_px
+    rows = vae_rows(cell_px * latents.shape[2], cell_px * latents.shape[3])
     with placed(vae, latents.device):
-        images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
-    return images.float().clamp(-1, 1)
+        images = torch.cat([decode_rows(vae, chunk) for chunk in latents.split(rows)])
+    return images.clamp(-1, 1)
+
+
+def decode_rows(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    """All rows at once, on the latents' device, with gradients: images float32, not clamped."""
+    unscaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    images: Tensor = vae.decode(unscaled, return_dict=False)[0]
+    return images.float()
 
 
 @torch.no_grad()

@@ -69,6 +69,8 @@ RECIPES = {
             "data.size_ids": "image",
             "data.min_size_px": 96,
             "data.skip_small_buckets": "true",
+            "gan.features": "teacher",
+            "gan.layers": "all",
             "student.rank": 32,  # states of 4096 numbers and more are in 8 bits
             "validation.every": 1,
             "validation.num_prompts": 1,
@@ -89,6 +91,8 @@ RECIPES = {
             "critic.kind": "full",
             "critic.rank": None,
             "critic.alpha": None,
+            "gan.layers": "down1,middle",
+            "gan.shared_draw": "true",
             "sampling.steps": None,
             "sampling.timesteps": "[999, 600]",
             "training.mixed_precision": "no",
@@ -107,6 +111,12 @@ RECIPES = {
             "data.real_images": "{}/metadata",
             "student.init": "{}/few.safetensors",
             "critic.loss_space": "velocity",
+            "gan.r1_weight": 100.0,
+            "gan.r1_noise": 0.1,
+            "distribution_matching.divergence": "jensen-shannon",
+            "critic.betas": "[0, 0.99]",
+            "distribution_matching.guidance_timesteps": "above",
+            "distribution_matching.guidance_weight": 0.5,
             "export.thumbnail": "false",
         },
     ),
@@ -138,11 +148,14 @@ RECIPES = {
             "data.prompts": "{}/prompts.txt",
             "data.real_images": "{}/rows",
             "data.caption_column": "caption",
+            "diversity_anchor.weight": 0.05,
+            "diversity_anchor.timestep": 499,
+            "diversity_anchor.teacher_steps": 2,
             "data.image_column": "image",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage2",
         timesteps=(999,),
         conditioning_timestep=399,
         settings={
@@ -151,6 +164,7 @@ RECIPES = {
             "data.real_images": "teacher",
             "data.teacher_images": 2,
             "data.resolution_px": 256,
+            "training.continue_from": "none",  # test_stages.py: from a run
             "training.batch_size": 1,
             "training.mixed_precision": "no",
             "training.gradient_checkpointing": "false",
@@ -158,7 +172,7 @@ RECIPES = {
         },
     ),
     "SD1.5 folder, full student, without GAN": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage1",
         # Sharded, gradients meet at the skip connections in another order: 1e-6 in float32,
         # thousands of times that in bf16.
         tolerance=3e-3,
@@ -170,7 +184,6 @@ RECIPES = {
             "data.real_images": None,
             "data.resolution_px": 128,
             "data.sizes": '["128x128", "160x96"]',
-            "gan.enabled": "false",
             "student.kind": "full",
             "student.alpha": None,
             "model.base_precision": "bf16",
@@ -191,6 +204,19 @@ RECIPES["EDM of classes"] = Recipe(
     timesteps=(999,),
     tolerance=IN_BF16,
     settings=OF_CLASSES | {"data.real_images": "{}/classes", "data.min_size_px": 4},
+)
+RECIPES["EDM of classes, all layers"] = Recipe(
+    preset="imagenet64-long-stage2",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES
+    | {
+        "data.real_images": "{}/classes",
+        "gan.layers": '["all"]',
+        "gan.shared_draw": "true",
+        "training.continue_from": "none",  # test_imagenet.py: from a run
+    },
 )
 RECIPES["EDM of classes, without GAN"] = Recipe(
     preset="imagenet64-long-stage1",

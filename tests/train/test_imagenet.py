@@ -61,8 +61,8 @@ def trainer_of(files: tuple[Path, Path], directory: Path, **overrides: object) -
     return build_trainer(config, components, data, Accelerator(cpu=True))
 
 
-def train_argv(values: Mapping[str, str]) -> list[str]:
-    return ["train", "--preset", "imagenet64", *(f"--{k}={v}" for k, v in values.items())]
+def train_argv(values: Mapping[str, str], preset: str = "imagenet64") -> list[str]:
+    return ["train", "--preset", preset, *(f"--{k}={v}" for k, v in values.items())]
 
 
 WITHOUT_GAN = {
@@ -182,6 +182,29 @@ def test_the_command_leaves_a_student_that_draws_from_its_file(
         assert (drawn - image.clamp(-1, 1)).abs().max() < 1.01 / 127.5
 
 
+def test_the_long_run_goes_on_with_a_gan_from_the_first_stage(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    small = {"training__iterations": 2, "training__batch_size": 2, "gan__learning_rate": None}
+    first = settings(*files, tmp_path / "first", data__real_images=None, **small)
+    assert cli.main(train_argv(first, "imagenet64-long-stage1")) == 0
+    more = {"training__continue_from": tmp_path / "first", "student__learning_rate": 1e-12}
+    second = settings(*files, tmp_path / "second", **(small | more))
+    assert cli.main(train_argv(second, "imagenet64-long-stage2")) == 0
+    before, after = (
+        load_edm(tmp_path / run / "student.safetensors") for run in ("first", "second")
+    )
+    teacher = load_edm(files[0]).state_dict()
+    for name, weight in after.state_dict().items():  # it moves no further at such a rate
+        torch.testing.assert_close(weight, before.state_dict()[name], rtol=0, atol=1e-6)
+    assert any(
+        not torch.equal(weight, teacher[name]) for name, weight in before.state_dict().items()
+    )
+    recipe = Recipe.from_metadata(read_safetensors(tmp_path / "second" / "student.safetensors")[1])
+    assert recipe is not None
+    assert recipe.trained_with["earlier"]["gan"] == {"enabled": False}
+
+
 # -- the network in its roles ----------------------------------------------------------------------
 
 
@@ -207,13 +230,19 @@ def test_a_step_is_the_noise_level_that_the_network_is_told(some_network) -> Non
     sigma = SteppedSchedule.edm().time(t)
     assert sigma.tolist()[::2] == pytest.approx([0.002, 80.0])
     expected = some_network(x_t, sigma, condition.labels)
-    features = some_network.features(x_t, sigma, condition.labels)
+    middle = some_network.features(x_t, sigma, condition.labels)
     unet = SharedUNet(some_network, {CRITIC: FullSpec()}, seed=0)
     for role in ("teacher", "critic"):
         with unet.role(role):
             assert torch.equal(unet(x_t, t, condition), expected)
-            assert torch.equal(unet.features(x_t, t, condition), features)
-    assert features.shape == (3, unet.feature_channels, 8 // unet.feature_downscale, 8)
+            features = unet.features(x_t, t, condition, list(unet.layers))
+            output, same = unet.with_features(x_t, t, condition, list(unet.layers))
+        assert torch.equal(output, expected)
+        assert torch.equal(features[-1], middle)
+        for found, again, shape in zip(features, same, unet.layers.values(), strict=True):
+            assert torch.equal(found, again)
+            assert found.shape == (3, shape.channels, 8 // shape.downscale, 8 // shape.downscale)
+    assert list(unet.layers) == ["down1", "middle"]
 
 
 def test_checkpointed_blocks_give_the_same_gradients(some_network) -> None:
@@ -223,7 +252,8 @@ def test_checkpointed_blocks_give_the_same_gradients(some_network) -> None:
         if checkpointed:
             unet.enable_gradient_checkpointing()
         with unet.role(CRITIC):
-            (unet(*inputs()).square().mean() + unet.features(*inputs()).mean()).backward()
+            (maps,) = unet.features(*inputs())
+            (unet(*inputs()).square().mean() + maps.mean()).backward()
         found.append([weight.grad for weight in unet.parameters_of(CRITIC)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -247,7 +277,7 @@ def test_the_critics_loss_is_weighted_by_the_noise_level(
     trainer = trainer_of(files, tmp_path / "run")
     distiller: Distiller = trainer.distiller
     x, _, condition = inputs()
-    loss = distiller._denoising_loss(x, condition, sample_draws(0, first=0, count=3))
+    loss, _ = distiller._denoising_loss(x, condition, sample_draws(0, first=0, count=3))
     draws = sample_draws(0, first=0, count=3)
     t = random_timesteps(0, 999, x, draws)
     schedule = SteppedSchedule.edm()
@@ -332,6 +362,7 @@ def test_other_folders_are_refused(tmp_path: Path, names: list[str], message: st
     ("overrides", "message"),
     [
         ({"distribution_matching__guidance": 2}, "guidance is 2.0, but .* no unconditional branch"),
+        ({"distribution_matching__guidance_timesteps": "apart"}, "EDM network is not guided"),
         ({"student__kind": "lora"}, 'student.kind is "lora", but .* takes no LoRA'),
         ({"critic__kind": "lora"}, 'critic.kind is "lora", but .* takes no LoRA'),
         ({"critic__loss_space": "velocity"}, "critic.loss_space is .* weighting of its own"),

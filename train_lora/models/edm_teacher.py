@@ -6,7 +6,8 @@ every model; the network's passes are where a step becomes sigma.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from .class_condition import ClassCondition
 from .components import Components
 from .edm_network import EDMNetwork, load_edm
 from .fingerprint import weights_hash
+from .passes import MIDDLE, LayerShape
 from .safetensors_io import read_safetensors
 
 _CHANNELS = 3
@@ -26,6 +28,8 @@ _CHANNELS = 3
 
 class EDMPasses(nn.Module):
     """`Passes` of an EDM network: told steps and classes, pixels in and out."""
+
+    METHODS = ("features", "with_features")
 
     def __init__(self, unet: EDMNetwork) -> None:
         super().__init__()
@@ -35,27 +39,53 @@ class EDMPasses(nn.Module):
     def inputs(
         self, x_t: Tensor, condition: ClassCondition, autocast: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """What both passes take beside t. x_t stays float32: it goes into the result as it is
+        """What every pass takes beside t. x_t stays float32: it goes into the result as it is
         (c_skip * x_t); only the raw network is under autocast."""
         return x_t.float(), condition.labels
+
+    @property
+    def layers(self) -> dict[str, LayerShape]:
+        """The maps that can be had: of the levels of the way down, from the full resolution, and of
+        the middle block; in ImageNet-64 the last two have 768 channels at 8x8."""
+        config = self.unet.config
+        scales = [config.resolution_px // side for side in config.sides_px]
+        shapes = [LayerShape(*shape) for shape in zip(config.widths, scales, strict=True)]
+        return {f"down{n}": shape for n, shape in enumerate(shapes, 1)} | {MIDDLE: shapes[-1]}
 
     def forward(self, sample: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x0 like `sample`, (B, 3, side, side); t: (B,) steps 0 .. 999, labels: (B,) int64."""
         output: Tensor = self.unet(sample, self.schedule.time(t), labels)
         return output
 
-    def features(self, sample: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The middle block's output, (B, C, h, w): half the network, no decoder."""
-        return self.unet.features(sample, self.schedule.time(t), labels)
+    def features(
+        self, sample: Tensor, t: Tensor, labels: Tensor, layers: Sequence[str]
+    ) -> tuple[Tensor, ...]:
+        """The maps (B, C, h, w) of `layers`: half the network, no decoder."""
+        with self._kept() as found:
+            self.unet.features(sample, self.schedule.time(t), labels)
+        return tuple(found[name] for name in layers)
 
-    @property
-    def feature_channels(self) -> int:
-        return self.unet.config.feature_channels
+    def with_features(
+        self, sample: Tensor, t: Tensor, labels: Tensor, layers: Sequence[str]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` and `features` give, in one pass of the network."""
+        with self._kept() as found:
+            output = self.forward(sample, t, labels)
+        return output, tuple(found[name] for name in layers)
 
-    @property
-    def feature_downscale(self) -> int:
-        """Pixels per cell of `features` along each side: 8 in ImageNet-64."""
-        return self.unet.config.resolution_px // self.unet.config.feature_px
+    @contextmanager
+    def _kept(self) -> Iterator[dict[str, Tensor]]:
+        """The maps of the passes inside, by name."""
+        found: dict[str, Tensor] = {}
+        blocks = dict(zip(self.layers, self.unet.model.feature_blocks, strict=True))
+        with ExitStack() as hooks:
+            for name, block in blocks.items():
+
+                def keep(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+                    found[name] = output
+
+                hooks.callback(block.register_forward_hook(keep).remove)
+            yield found
 
 
 class PixelVAE(nn.Module):

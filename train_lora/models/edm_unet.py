@@ -180,6 +180,14 @@ class EDMUNet(nn.Module):
         embedding = self._embedding(noise, labels)
         return self._middle(self._encode(x, embedding)[0], embedding)
 
+    @property
+    def feature_blocks(self) -> list[nn.Module]:
+        """The last block of each level on the way down, and of the middle."""
+        config = self.config
+        last = [f"{side}x{side}_block{config.blocks - 1}" for side in config.sides_px]
+        middle = f"{config.feature_px}x{config.feature_px}_in1"
+        return [*(self.enc[name] for name in last), self.dec[middle]]
+
     def _build_encoder(self, embedding: int) -> list[int]:
         """Fills `enc`; returns the channels of every block, which the decoder takes up again."""
         config, channels = self.config, self.config.widths[0]

@@ -9,7 +9,7 @@ re-activates the role of its forward all the same, because the wrong one would g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .adapters import TARGETS, LoraSpec, add_adapter, initialise, lora_layers
 from .class_condition import AnyCondition
-from .passes import Passes, passes_of
+from .passes import MIDDLE, LayerShape, Passes, passes_of
 from .precision import Precision, set_precision
 
 if TYPE_CHECKING:
@@ -143,31 +143,41 @@ class SharedUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
-        return self._run(self.passes_of(self._role), x_t, t, condition)
+        inputs = self._inputs(x_t, t, condition)
+        with self._autocast(x_t):
+            output: Tensor = self.passes_of(self._role)(*inputs)
+        return output.to(x_t.dtype)
 
-    def features(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> Tensor:
-        """The middle block's output (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
+    def features(
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
+    ) -> tuple[Tensor, ...]:
+        """The maps of these `layers` (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
 
-        SDXL at 1024 px: 1280 channels at 32x32.
+        The middle block's of SDXL at 1024 px: 1280 channels at 32x32.
         """
-        return self._run(self.passes_of(self._role).features, x_t, t, condition)
+        inputs = self._inputs(x_t, t, condition)
+        with self._autocast(x_t):
+            maps = self.passes_of(self._role).features(*inputs, layers)
+        return tuple(found.to(x_t.dtype) for found in maps)
 
-    def _run(
-        self, network: Callable[..., Tensor], x_t: Tensor, t: Tensor, condition: AnyCondition
-    ) -> Tensor:
+    def with_features(
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` and `features` give, in one pass."""
+        inputs = self._inputs(x_t, t, condition)
+        with self._autocast(x_t):
+            output, maps = self.passes_of(self._role).with_features(*inputs, layers)
+        return output.to(x_t.dtype), tuple(found.to(x_t.dtype) for found in maps)
+
+    def _inputs(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> tuple[Any, ...]:
         passes = self.passes_of(self._role)
         sample, *told = passes.inputs(x_t, condition, self._autocast_dtype)
-        with self._autocast(x_t):
-            return network(sample, t, *told).to(x_t.dtype)
+        return sample, t, *told
 
     @property
-    def feature_channels(self) -> int:
-        return self.passes_of(TEACHER).feature_channels
-
-    @property
-    def feature_downscale(self) -> int:
-        """Latent cells per cell of `features` along each side: 4 in SDXL, 8 in SD1.5."""
-        return self.passes_of(TEACHER).feature_downscale
+    def layers(self) -> dict[str, LayerShape]:
+        """The maps that `features` can give, by name."""
+        return self.passes_of(TEACHER).layers
 
     def _autocast(self, x_t: Tensor) -> AbstractContextManager[object]:
         """Without autocast's cache of cast weights: one made under no_grad (a rollout) would
