@@ -191,16 +191,12 @@ def test_the_long_run_goes_on_with_a_gan_from_the_first_stage(
     more = {"training__continue_from": tmp_path / "first", "student__learning_rate": 1e-12}
     second = settings(*files, tmp_path / "second", **(small | more))
     assert cli.main(train_argv(second, "imagenet64-long-stage2")) == 0
-    before, after = (
-        load_edm(tmp_path / run / "student.safetensors") for run in ("first", "second")
-    )
-    teacher = load_edm(files[0]).state_dict()
-    for name, weight in after.state_dict().items():  # it moves no further at such a rate
-        torch.testing.assert_close(weight, before.state_dict()[name], rtol=0, atol=1e-6)
-    assert any(
-        not torch.equal(weight, teacher[name]) for name, weight in before.state_dict().items()
-    )
-    recipe = Recipe.from_metadata(read_safetensors(tmp_path / "second" / "student.safetensors")[1])
+    students = [tmp_path / run / "student.safetensors" for run in ("first", "second")]
+    teacher, before, after = (load_edm(path).state_dict() for path in (files[0], *students))
+    assert any(not torch.equal(before[name], teacher[name]) for name in teacher)
+    for name, weight in after.items():  # it moves no further at such a rate
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
+    recipe = Recipe.from_metadata(read_safetensors(students[1])[1])
     assert recipe is not None
     assert recipe.trained_with["earlier"]["gan"] == {"enabled": False}
 
