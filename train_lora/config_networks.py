@@ -49,7 +49,7 @@ class CriticConfig(Section):
     loss_space: Literal["prediction", "velocity"] = "prediction"
     """Where the critic's denoising error is counted: in what the network predicts (the paper), or
     as velocity, where the errors of an epsilon model at high noise, in layout and colours, weigh
-    more. A v model predicts velocity anyway."""
+    more. A v or flow model predicts velocity anyway."""
 
     updates_per_generator: int = number(5, low=1, high=1000)
     """Critic updates for each student update: the student is updated every so many iterations."""

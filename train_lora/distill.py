@@ -219,7 +219,7 @@ class Distiller:
         eps = randn_like(x, draws)
         x_t, coefficients_t = add_noise(schedule, x, eps, t), coefficients(schedule, t, x)
         output = self.unet(x_t, t, condition)
-        if self.config.critic.loss_space == "velocity":
+        if self.config.critic.loss_space == "velocity" and prediction != "flow":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
         return denoising_loss(prediction, output, x, eps, *coefficients_t)

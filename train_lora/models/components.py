@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from dmd2_core import Prediction, VPSchedule
+from dmd2_core import Prediction, SteppedSchedule, VPSchedule
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,7 +28,7 @@ class Components:
     """SDXL: encoder L, then encoder G (with the projection that gives the pooled vector).
     SD1.5: encoder L alone."""
     tokenizers: list[CLIPTokenizer]
-    schedule: VPSchedule
+    schedule: VPSchedule | SteppedSchedule
     prediction: Prediction
     kind: Kind = "sdxl"
     base_hash: str
