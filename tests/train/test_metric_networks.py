@@ -6,6 +6,7 @@ The networks have random weights of their true structure: what is compared is th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,16 @@ from train_lora.metrics.picture_folder import pixels, scaled_to, square
 from train_lora.metrics.precision_recall import precision_recall
 from train_lora.metrics.weights import read_weights
 
-from .metric_files import alexnet_file, clip_folder, random_picture
+from .metric_files import alexnet_file, clip_folder, random_picture, vgg16_file
 
 CPU = torch.device("cpu")
 
 
-def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
-    path = alexnet_file(tmp_path)
+@pytest.mark.parametrize(("net", "file"), [("alex", alexnet_file), ("vgg", vgg16_file)])
+def test_lpips_is_torchmetrics(net: str, file: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = file(tmp_path)
     ours = load_lpips(path)
-    theirs = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
+    theirs = _LPIPS(pretrained=True, net=net, pnet_rand=True)
     weights = torch.load(path, weights_only=True)
     for stage in (
         theirs.net.slice1,
