@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmd2_core import Recipe
 from train_lora import cli, render
+from train_lora.compare import Student, _labels
 from train_lora.demo import scenes, teacher
 from train_lora.demo.classifier import load_classifier
 from train_lora.evaluate import Measures, Networks, evaluate, look
@@ -328,6 +329,15 @@ def test_comparison_puts_every_system_on_the_same_noise(
     assert torch.equal(pixels(cell), pixels(read_folder(out / "lora_2", "x").open(1)))
     assert cli.main(argv) == 0
     assert len(calls) == 3  # nothing is drawn twice
+
+
+def test_loras_of_equal_names_keep_rows_of_their_own() -> None:
+    """Every run calls its LoRA lora.safetensors."""
+    paths = ["a/lora.safetensors", "b/lora.safetensors", "x.safetensors"]
+    labels = _labels([Student(lora=path) for path in paths])
+    assert labels == ["a/lora", "b/lora", "x"]
+    labels = _labels([Student(lora=path) for path in ["1/a/l", "2/a/l"]])
+    assert labels == ["1: a/l", "2: a/l"]
 
 
 def test_what_is_refused(tmp_path, drawn, capsys) -> None:

@@ -143,6 +143,24 @@ def test_clip_score_is_torchmetrics(tmp_path: Path) -> None:
     assert ours.max() > 0.01
 
 
+def test_clip_from_the_hub_is_the_cached_one_or_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real cache layout; offline mode is on in every test."""
+    repository = tmp_path / "models--org--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = clip_folder(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    picture = [random_picture(3)]
+    ours = load_clip("hub:org/clip", CPU).scores(picture, ["a red fox"])
+    assert torch.equal(ours, load_clip(str(folder), CPU).scores(picture, ["a red fox"]))
+    (folder / "model.safetensors").unlink()  # as an interrupted download leaves it
+    with pytest.raises(ValueError, match=r"org/clip' is not in the .* into a folder and name that"):
+        load_clip("hub:org/clip", CPU)
+
+
 def test_a_weights_file_may_hold_nothing_but_tensors(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"w": torch.zeros(1), "extra": Path("x")}, path)
