@@ -16,6 +16,7 @@ from .checkpoint_store import write_text
 from .data.folders import METADATA
 from .data.samples import file_stamp
 from .distributed import wait_for_all
+from .models.markers import PredictionChoice
 from .models.placement import place
 from .models.places import check_model_path
 from .models.roles import STUDENT, TEACHER, SharedUNet
@@ -39,6 +40,8 @@ class RenderRequest:
 
     model: str
     """A file, a diffusers folder, a hub id or "demo"."""
+    prediction: PredictionChoice = "auto"
+    """What the model predicts, where its file does not say it."""
     lora: str | None
     prompts: tuple[str, ...]
     per_prompt: int
@@ -72,6 +75,8 @@ class RenderRequest:
                 "--guidance is the teacher's, and needed for it: give it without --lora (SDXL: 6 "
                 "to 8), leave it out with one, whose guidance is built in."
             )
+        if self.model == DEMO and self.prediction != "auto":
+            raise ValueError("--prediction is for a model from outside; leave it out with demo.")
         if self.model != DEMO:
             check_model_path(self.model)
         if self.lora is not None and not Path(self.lora).is_file():
@@ -194,7 +199,7 @@ def _load(request: RenderRequest, device: torch.device) -> Components:
     from .models.loading import load_components
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return load_components(request.model, dtype=dtype)
+    return load_components(request.model, dtype=dtype, prediction=request.prediction)
 
 
 def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, Recipe]:
