@@ -82,7 +82,9 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "iteration": trainer.iteration,
         "seconds_training": trainer.seconds_training,
         "average_updates": trainer.average.num_updates,
+        "mean_weight": trainer.distiller.adversary.mean_weight,
         "caption": trainer.caption,
+        "earlier": trainer.earlier,
         "student": _counters(trainer.student),
         "critic": _counters(trainer.critic),
         "matches": _identity(trainer),
@@ -143,6 +145,9 @@ def restore(trainer: Trainer, checkpoint: Path, state: Mapping[str, Any]) -> Non
     average = checkpoint / f"{AVERAGE}.safetensors"
     _copy(average, trainer.student.names, trainer.average.averages)
     trainer.average.num_updates = state["average_updates"]
+    if "mean_weight" in state:  # runs of before there were divergences have none
+        trainer.distiller.adversary.mean_weight = state["mean_weight"]
+    trainer.earlier = state.get("earlier")
     trainer.iteration = trainer.saved_iteration = state["iteration"]
     trainer.seconds_training = state["seconds_training"]
     changed = {k: v for k, v in _versions().items() if state["versions"].get(k) != v}
@@ -220,10 +225,16 @@ def _restore_optimizer(update: Update, path: Path, numbers: Mapping[str, float])
     update.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-@torch.no_grad()
 def _copy(path: Path, names: Sequence[str], into: Sequence[Tensor]) -> None:
-    tensors, _ = read_safetensors(path)
-    own = dict(zip(names, into, strict=True))
+    place_tensors(path, read_safetensors(path)[0], dict(zip(names, into, strict=True)))
+
+
+@torch.no_grad()
+def place_tensors(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, of the file `path`, into `own`, some of which may be sharded.
+
+    ValueError where names or shapes are not the same.
+    """
     wrong = sorted(set(own) ^ set(tensors))
     wrong += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     if wrong:

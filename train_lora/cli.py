@@ -330,8 +330,9 @@ def _config_presets(arguments: argparse.Namespace) -> int:
     from .config_load import presets
 
     _refuse_values(arguments, "--presets lists all presets")
+    width = max(map(len, presets()))
     for name, purpose in presets().items():
-        print(f"{name:<16}  {purpose}")
+        print(f"{name:<{width}}  {purpose}")
     return 0
 
 

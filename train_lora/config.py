@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .config_anchor import DiversityAnchorConfig
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
 from .config_regression import WEIGHT_SOURCES, RegressionConfig
@@ -61,6 +62,7 @@ class Config:
         default_factory=DistributionMatchingConfig
     )
     gan: GanConfig = field(default_factory=GanConfig)
+    diversity_anchor: DiversityAnchorConfig = field(default_factory=DiversityAnchorConfig)
     backward_simulation: BackwardSimulationConfig = field(default_factory=BackwardSimulationConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -84,6 +86,13 @@ class Config:
                 'name a folder of captioned images, or "teacher", or change that.'
             )
 
+        divergence = self.distribution_matching.divergence
+        if divergence != "reverse-kl" and not self.gan.enabled:
+            raise ValueError(
+                f'distribution_matching.divergence is "{divergence}", which weights samples by '
+                "what the discriminator makes of them, but gan.enabled is false; set gan.enabled "
+                'to true, or distribution_matching.divergence to "reverse-kl".'
+            )
         lowered = ("bf16", "fp16", "8bit", "4bit")
         if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
             raise ValueError(
@@ -96,6 +105,12 @@ class Config:
                 f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
                 'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
             )
+        if self.student.init is not None and self.training.continue_from is not None:
+            raise ValueError(
+                f"student.init is {self.student.init!r}, but training.continue_from is "
+                f"{self.training.continue_from!r}, whose student this run starts from; set one of "
+                'them to "none".'
+            )
         regression, critic = self.regression.warmup_iterations, self.critic.warmup_iterations
         if regression + critic >= self.training.iterations:
             added = f" and regression.warmup_iterations is {regression}" if regression else ""
@@ -105,6 +120,7 @@ class Config:
                 "set it lower."
             )
         self._check_regression()
+        self._check_anchor()
         if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
             raise ValueError(
                 f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
@@ -141,6 +157,15 @@ class Config:
                 'set regression.loss to "mse".'
             )
 
+    def _check_anchor(self) -> None:
+        steps = len(self.sampling.timesteps) or self.sampling.steps
+        if self.diversity_anchor.weight > 0 and steps == 1:
+            raise ValueError(
+                f"diversity_anchor.weight is {self.diversity_anchor.weight}, which leaves the "
+                "first step to the anchor alone, but the student has no other; set "
+                "sampling.steps to 2 or more, or diversity_anchor.weight to 0."
+            )
+
     @property
     def needs_real_images(self) -> bool:
         return self.gan.enabled or not self.backward_simulation.enabled
@@ -161,7 +186,7 @@ class Config:
         for results in RESULTS:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
-        named = (("model", "path"), ("student", "init"))
+        named = (("model", "path"), ("student", "init"), ("training", "continue_from"))
         regressions = (("regression", key) for key in ("pairs", "lpips_weights", "tiny_vae"))
         for section, key in (*named, *regressions, *sources):
             if settings[section][key] is not None:
@@ -180,6 +205,7 @@ SECTIONS: dict[str, type[Section]] = {
         SamplingConfig,
         DistributionMatchingConfig,
         GanConfig,
+        DiversityAnchorConfig,
         BackwardSimulationConfig,
         RegressionConfig,
         TrainingConfig,

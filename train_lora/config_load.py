@@ -20,7 +20,7 @@ from .config_values import describe_type, fit, python_value
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
 UNKNOWN = "..."
-"""In place of a text that is not set yet."""
+"""In place of a text that is not set yet; in a preset, of one that it cannot do without."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -123,7 +123,7 @@ def _merged(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return values, origins
+    return {key: value for key, value in values.items() if value != UNKNOWN}, origins
 
 
 def _with_objective(
@@ -205,9 +205,9 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
             mark(rest_of(section, "enabled"), f"{section}.enabled")
     if config.needs_real_images and config.data.real_images == "teacher":
         found.pop("distribution_matching.guidance", None)  # the teacher's images take it as well
-    if config.needs_pairs:
+    if config.needs_pairs or config.diversity_anchor.weight > 0:
         found.pop("distribution_matching.guidance", None)
-    else:
+    if not config.needs_pairs:
         of_pairs = rest_of("regression", "warmup_iterations")
         mark(of_pairs, "regression.warmup_iterations", "training.objective")
     if config.regression.warmup_iterations == 0:
@@ -218,6 +218,7 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(["regression.tiny_vae"], "regression.loss")
     if config.training.objective != "dmd":
         mark(["regression.weight"], "training.objective")
+    _mark_anchor_and_guidance(config, mark)
     _mark_data(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
@@ -229,6 +230,7 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(["validation.panels"], "distribution_matching.enabled")
     if config.student.kind == "full":
         mark(["student.alpha"], "student.kind")
+    _mark_gan(config, mark)
     if config.critic.kind == "full":
         mark(["critic.rank", "critic.alpha"], "critic.kind")
     if config.model.path == "demo":
@@ -236,6 +238,29 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
     if "wandb" not in config.logging.trackers:
         mark(["logging.project"], "logging.trackers")
     return found
+
+
+def _mark_anchor_and_guidance(config: Config, mark: Callable[..., None]) -> None:
+    if config.diversity_anchor.weight == 0:
+        keys = ("diversity_anchor.timestep", "diversity_anchor.teacher_steps")
+        mark(keys, "diversity_anchor.weight")
+    if config.distribution_matching.guidance == 1.0:
+        keys = ("guidance_weight", "guidance_timesteps")
+        mark([f"distribution_matching.{k}" for k in keys], "distribution_matching.guidance")
+
+
+def _mark_gan(config: Config, mark: Callable[..., None]) -> None:
+    """The keys of [gan] that choices within it, or beside it, leave without effect."""
+    of_teacher, denoises = config.gan.features == "teacher", config.distribution_matching.enabled
+    if not config.gan.r1_weight:
+        mark(["gan.r1_noise"], "gan.r1_weight")
+    if of_teacher:  # the denoising pass is the critic's
+        mark(["gan.shared_draw"], "gan.features")
+    if not denoises:
+        mark(["gan.shared_draw"], "distribution_matching.enabled")
+    if of_teacher and not denoises:  # then nothing trains the critic
+        of_critic = [f"critic.{name}" for name in ("rank", "alpha", "learning_rate")]
+        mark(of_critic, "gan.features", "distribution_matching.enabled")
 
 
 def _mark_data(config: Config, mark: Callable[..., None]) -> None:

@@ -53,6 +53,7 @@ def export_checkpoint(source: Path, out: Path, which: str | None = None) -> list
         out,
         whole=out.with_stem(f"{out.stem}_full"),
         iterations=state["iteration"],
+        earlier=state.get("earlier"),
         pictured=pictured,
     )
 

@@ -6,8 +6,10 @@ The end of a run and `dmd2 export` both come here, so that they write the same f
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,27 +35,42 @@ CHECKPOINT_FILE = "student.safetensors"
 THUMBNAIL_PX = 256
 
 
-def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
-    """How to sample with the student, and how it was made, in so many iterations.
+def trained_with(
+    config: Config, iterations: int, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a recipe tells about a training; under "earlier" the same of the run that it continues.
 
-    Of no rank: that is the file's (`write_lora`). Keys without effect are left out: the config.toml
-    that a run is resumed from does not hold them.
+    Keys without effect are left out: the config.toml that a run is resumed from does not hold them.
     """
-    plan, settings, idle = step_plan(config), config.recipe_settings(), ineffective_keys(config)
-    for section, name in (key.split(".") for key in idle):
+    settings: dict[str, Any] = config.recipe_settings()
+    for section, name in (key.split(".") for key in ineffective_keys(config)):
         settings.get(section, {}).pop(name, None)
     settings["training"]["iterations"] = iterations
+    return settings if earlier is None else settings | {"earlier": dict(earlier)}
+
+
+def recipe_of(
+    config: Config,
+    components: Components,
+    iterations: int,
+    earlier: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """How to sample with the student, and how it was made, in so many iterations.
+
+    Of no rank: that is the file's (`write_lora`). `earlier`: `trained_with` of the run before.
+    """
+    plan = step_plan(config)
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
         teacher_guidance=None
-        if "distribution_matching.guidance" in idle
+        if "distribution_matching.guidance" in ineffective_keys(config)
         else config.distribution_matching.guidance,
         base_model=components.name,
         base_model_hash=components.base_hash,
-        trained_with=settings,
+        trained_with=trained_with(config, iterations, earlier),
     )
 
 
@@ -81,6 +98,7 @@ def export_student(
     *,
     whole: Path,
     iterations: int,
+    earlier: Mapping[str, Any] | None = None,
     pictured: Condition | None,
     overwrite: bool = False,
     writes: bool = True,
@@ -97,7 +115,7 @@ def export_student(
     for file in files:
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists: choose another name or remove it")
-    recipe = recipe_of(config, components, iterations)
+    recipe = recipe_of(config, components, iterations, earlier)
     picture = None if pictured is None else thumbnail(config, components, unet, pictured)
     side_px, names = config.data.resolution_px, config.export.names
     student = whole_network(unet.network_of(STUDENT)) if is_full else None

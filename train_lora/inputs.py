@@ -13,13 +13,20 @@ from .models.places import check_model_path
 def check_inputs(config: Config, *, warm: bool) -> None:
     """ValueError for a model, LoRA, prompts or pictures that do not exist.
 
-    `warm`: whether the student will start from `student.init`, where that is set.
+    `warm`: whether the run will start from `student.init` or `training.continue_from`, where one
+    is set.
     """
     check_model(config)
     init = config.student.init
     if warm and init is not None and not Path(init).exists():
         raise ValueError(
             f"student.init is {init!r}, which does not exist; name a LoRA file, or leave it out."
+        )
+    earlier = config.training.continue_from
+    if warm and earlier is not None and not Path(earlier).is_dir():
+        raise ValueError(
+            f"training.continue_from is {earlier!r}, which is no folder; name the folder of a run, "
+            "or one of its checkpoints, such as RUN/checkpoints/000500."
         )
     pairs = config.regression.pairs
     if config.needs_pairs and pairs is not None and not Path(pairs).is_dir():

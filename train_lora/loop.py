@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ class Trainer:
         critic = distiller.unet.parameters_of(CRITIC)
         self.average = WeightAverage(student, config.training.ema_decay)
         self.student = self._update(
-            list(distiller.unet.role_state_dict(STUDENT)), [(student, config.student.learning_rate)]
+            list(distiller.unet.role_state_dict(STUDENT)),
+            [(student, config.student.learning_rate)],
+            config.training.betas,
         )
         head = dict(distiller.head.named_parameters())
         self.critic = self._update(
@@ -63,6 +65,7 @@ class Trainer:
                 (critic, config.critic.learning_rate),
                 (list(head.values()), config.gan.learning_rate),
             ],
+            config.critic.betas or config.training.betas,
         )
         self.validation = Validation(
             config=config,
@@ -83,16 +86,22 @@ class Trainer:
         self.pictured = None
         if config.export.thumbnail:  # encoded now: later the text encoders may be off the GPU
             self.pictured = thumbnail_condition(config, distiller.components, self.caption)
+        self.earlier: dict[str, Any] | None = None  # settings of the run that this one continues
         self.iteration = 0  # those done
         self.saved_iteration = 0
         self.seconds_training = 0.0
 
-    def _update(self, names: list[str], groups: list[tuple[list[nn.Parameter], float]]) -> Update:
+    def _update(
+        self,
+        names: list[str],
+        groups: list[tuple[list[nn.Parameter], float]],
+        betas: tuple[float, float],
+    ) -> Update:
         settings = self.config.training
         optimizer = build_optimizer(
             settings.optimizer,
             groups,
-            betas=settings.betas,
+            betas=betas,
             weight_decay=settings.weight_decay,
         )
         parameters = [p for group, _ in groups for p in group]
@@ -226,6 +235,7 @@ class Trainer:
             consumed.append((sample.detached(), batch, draws))
         if updates_student:
             figures |= self._apply(self.student, "student", parts, iteration)
+            figures |= self.distiller.adversary.settle()
             if not self.student.skipped_in_a_row:
                 self.average.update()
         parts = []
@@ -249,7 +259,9 @@ class Trainer:
     def step_index(self, iteration: int) -> int:
         """Where backward simulation stops: the same on every rank and in every micro-batch."""
         generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
-        return int(torch.randint(len(self.distiller.plan.timesteps), (), generator=generator))
+        low = 0 if self.distiller.anchor is None else 1  # the first step learns from it alone
+        high = len(self.distiller.plan.timesteps)
+        return int(torch.randint(low, high, (), generator=generator))
 
     def _batch_and_draws(self, iteration: int, micro: int) -> tuple[Batch, Draws]:
         """This process's part of the global batch, which is one however it is split."""
@@ -327,6 +339,7 @@ class Trainer:
                 path,
                 whole=path.with_name(CHECKPOINT_FILE),
                 iterations=self.iteration,
+                earlier=self.earlier,
                 pictured=self.pictured,
                 overwrite=True,
                 writes=self.accelerator.is_main_process,

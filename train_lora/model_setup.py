@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .adversary import chosen_layers
 from .config import Config
 from .models.components import Components
 from .models.precision import DTYPES, Precision, check_precision, import_bitsandbytes
@@ -102,6 +103,8 @@ def build_trainable_unet(
     """
     check_optimizer(config.training.optimizer)
     unet = build_unet(config, components, device)
+    if config.gan.enabled:
+        chosen_layers(config.gan, unet.layers)
     if warm and config.student.init is not None:
         warm_start(unet, config.student.init, components)
     if config.training.gradient_checkpointing:

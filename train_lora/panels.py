@@ -36,7 +36,7 @@ def panel_rows(
     teacher, guided as in training, and of the critic. In all processes, which share the work
     (`piece_rows` samples at a time); the noise is a function of `seed`."""
     timesteps, device = panel_timesteps(distiller), condition.hidden.device
-    score = guided(distiller.denoiser, distiller.config.distribution_matching.guidance)
+    score = guided(distiller.denoiser, distiller.config.distribution_matching.guidance_scale)
 
     def seen(piece: tuple[int, slice, slice]) -> Tensor:
         """By teacher and critic: (2, b, 4, H/8, W/8)."""

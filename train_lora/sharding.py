@@ -66,7 +66,8 @@ def shard_copies(unet: SharedUNet, device: torch.device) -> None:
             # By default the outermost module keeps its weights gathered after a pass without
             # gradients, and would go on with them after an update.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        register_fsdp_forward_method(passes, "features")
+        for name in passes.METHODS:
+            register_fsdp_forward_method(passes, name)
     unet.needs_all_processes = True
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dmd2_core import MiddleBlockHead, derived_generator
+from dmd2_core import derived_generator
 
+from .adversary import build_head
 from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
@@ -38,6 +39,7 @@ from .regression_losses import regression_loss_of
 from .rewind import set_aside
 from .sampling import step_plan
 from .sharding import check_sharding
+from .stages import check_base, checkpoint_to_continue, continue_from
 from .trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -115,8 +117,11 @@ def _train(
     check_inputs(config, warm=checkpoint is None)
     if accelerator.is_main_process:
         _check_freshness(config, resumed=checkpoint is not None)
+    start = None if checkpoint is not None else checkpoint_to_continue(config, accelerator)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
+    if start is not None:
+        check_base(start, components)
     unet = build_trainable_unet(  # before data is read for nothing
         config, components, accelerator.device, warm=checkpoint is None
     )
@@ -127,6 +132,8 @@ def _train(
     )
     trainer = build_trainer(config, components, data, accelerator, unet)
     release_encoders(components, text=not data.needs_text_encoders)
+    if start is not None:
+        continue_from(trainer, start)
     if checkpoint is not None:
         restore(trainer, checkpoint, read_state(checkpoint))
         log.info("going on from %s", checkpoint)
@@ -169,11 +176,9 @@ def build_trainer(
     unet.to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
-        head = MiddleBlockHead(
-            unet.feature_channels,
-            config.data.resolution_px // LATENT_PX // unet.feature_downscale,
-            generator=derived_generator(config.training.seed, HEAD_STREAM),
-        )
+        generator = derived_generator(config.training.seed, HEAD_STREAM)
+        side = config.data.resolution_px // LATENT_PX
+        head = build_head(config.gan, unet, side, generator)
     distiller = Distiller(
         unet=unet,
         head=head.to(accelerator.device),
