@@ -29,9 +29,9 @@ from dmd2_core import (
 from .config_losses import GanConfig
 from .distributed import several, total
 from .draws import Draws, randn_like, random_timesteps
+from .models.class_condition import AnyCondition as Condition
 from .models.passes import MIDDLE, LayerShape
 from .models.roles import SharedUNet
-from .models.text import Condition
 
 if TYPE_CHECKING:
     from .distill import Figures, RealImages, StudentSample
@@ -148,7 +148,7 @@ class Adversary:
         x, condition = real.latents, real.condition
         if judged is None:
             x = torch.cat([x, sample.x0])
-            condition = Condition.cat([condition, sample.condition])
+            condition = condition.cat([condition, sample.condition])
         each = [*draws] * (len(x) // rows)
         t = random_timesteps(0, self.schedule.num_timesteps - 1, x, each)
         eps = randn_like(x, each)
@@ -157,7 +157,7 @@ class Adversary:
             moved = real.latents + settings.r1_noise * randn_like(real.latents, draws)
             moved_t = add_noise(self.schedule, moved, eps[:rows], t[:rows])
             x_t, t = torch.cat([x_t, moved_t]), torch.cat([t, t[:rows]])
-            condition = Condition.cat([condition, real.condition])
+            condition = condition.cat([condition, real.condition])
         with self.unet.role(settings.features):
             parts = self.logits_at(x_t, t, condition).split(rows)
             on_real, on_fake = parts[0], parts[1] if judged is None else judged.detach()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .config_anchor import DiversityAnchorConfig
+from .config_classes import check_classes, has_classes
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
 from .config_regression import WEIGHT_SOURCES, RegressionConfig
@@ -37,7 +38,7 @@ class ModelConfig(Section):
 
     path: str
     """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
-    (downloaded once), or "demo" (the embedded one)."""
+    (downloaded once), "demo" (the embedded one), or an EDM network of `dmd2 convert-edm`."""
 
     prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
     """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
@@ -121,7 +122,9 @@ class Config:
             )
         self._check_regression()
         self._check_anchor()
-        if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
+        check_classes(self)
+        sides = None if has_classes(self) else GAN_RESOLUTIONS_PX
+        if self.gan.enabled and sides and self.data.resolution_px not in sides:
             raise ValueError(
                 f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
                 f"discriminator; set it to one of {', '.join(map(str, GAN_RESOLUTIONS_PX))}, "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from .config import SECTIONS, Config
+from .config_classes import mark_classes
 from .config_section import show_value
 from .config_values import describe_type, fit, python_value
 
@@ -220,6 +221,7 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(["regression.weight"], "training.objective")
     _mark_anchor_and_guidance(config, mark)
     _mark_data(config, mark)
+    mark_classes(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
     if config.validation.every == 0:

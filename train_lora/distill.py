@@ -35,9 +35,9 @@ from .anchor import anchor_plan, anchor_target
 from .config import Config
 from .draws import Draws, randn_like, random_timesteps
 from .matching import matching_gradient
+from .models.class_condition import AnyCondition as Condition
 from .models.components import Components
 from .models.roles import SharedUNet
-from .models.text import Condition
 from .regression_losses import RegressionLoss, squared_error
 
 Figures = dict[str, Tensor]
@@ -136,8 +136,8 @@ class Distiller:
 
     def _student_input(self, batch: Batch, step: int, draws: Draws) -> tuple[Tensor, Condition]:
         """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
-        schedule, hidden = self.components.schedule, batch.condition.hidden
-        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), draws)
+        schedule, condition = self.components.schedule, batch.condition
+        eps = randn_like(torch.empty(condition.latent_shape(), device=condition.device), draws)
         if not self.config.backward_simulation.enabled:
             assert batch.real is not None
             t = self.plan.times(self.plan.timesteps[step], eps)
@@ -183,7 +183,7 @@ class Distiller:
     def _anchor_step(self, condition: Condition, anchor: StepPlan, draws: Draws) -> Figures:
         """Accumulate the gradient of the student's first step towards the teacher's (DP-DMD)."""
         schedule = self.components.schedule
-        eps = randn_like(condition.hidden.new_empty(condition.latent_shape()), draws)
+        eps = randn_like(torch.empty(condition.latent_shape(), device=condition.device), draws)
         x = initial_sample(schedule, self.plan, eps)
         teacher = guided(self.denoiser, self.config.distribution_matching.guidance)
         unconditional = self.components.unconditional(condition)
@@ -249,4 +249,5 @@ class Distiller:
         if self.config.critic.loss_space == "velocity":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
-        return denoising_loss(prediction, output, x, eps, *coefficients_t), judged
+        weight = self.components.denoising_weight(coefficients_t[1])
+        return denoising_loss(prediction, output, x, eps, *coefficients_t, weight), judged

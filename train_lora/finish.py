@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +22,15 @@ from .export import export_lora, write_lora
 from .extract import extract_lora
 from .lora_metadata import modelspec
 from .model_setup import load_model
+from .models.class_condition import AnyCondition
 from .models.components import Components
 from .models.roles import STUDENT, SharedUNet
-from .models.text import Condition
 from .pictures import jpeg_data_url
 from .sampling import decode_latents, sample_latents, step_plan
 from .sharding import whole_network
+
+if TYPE_CHECKING:
+    from .models.edm_network import EDMNetwork
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +77,14 @@ def recipe_of(
     )
 
 
-def thumbnail_condition(config: Config, components: Components, caption: str) -> Condition:
+def thumbnail_condition(config: Config, components: Components, caption: str) -> AnyCondition:
     """What the picture in the metadata shows: one row."""
     return encode_captions(components, [caption], config.data.resolution_px)
 
 
 @torch.no_grad()
 def thumbnail(
-    config: Config, components: Components, unet: SharedUNet, condition: Condition
+    config: Config, components: Components, unet: SharedUNet, condition: AnyCondition
 ) -> str:
     """A small picture by the student, as a data URL."""
     latents = sample_latents(
@@ -99,7 +102,7 @@ def export_student(
     whole: Path,
     iterations: int,
     earlier: Mapping[str, Any] | None = None,
-    pictured: Condition | None,
+    pictured: AnyCondition | None,
     overwrite: bool = False,
     writes: bool = True,
 ) -> list[Path]:
@@ -108,10 +111,11 @@ def export_student(
     `writes`: in one process; the others of a sharded student give it their parts.
 
     Full weights become a checkpoint at `whole` (float16) and, by a singular value decomposition of
-    their difference from the base, the LoRA of rank `student.rank`.
+    their difference from the base, the LoRA of rank `student.rank`. An EDM student becomes the
+    checkpoint alone (float32).
     """
-    is_full = config.student.kind == "full"
-    files = [path, whole] if is_full else [path]
+    is_full, is_edm = config.student.kind == "full", components.kind == "edm"
+    files = [whole] if is_edm else [path, whole] if is_full else [path]
     for file in files:
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists: choose another name or remove it")
@@ -127,6 +131,9 @@ def export_student(
             names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
         )  # fmt: skip
         return files
+    if is_edm:
+        _write_edm(student, whole, recipe, picture)
+        return files
     _write_checkpoint(
         replace(components, unet=student), whole, recipe, side_px, picture, overwrite=overwrite
     )
@@ -141,6 +148,13 @@ def export_student(
         names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
     )  # fmt: skip
     return files
+
+
+def _write_edm(student: EDMNetwork, path: Path, recipe: Recipe, picture: str | None) -> None:
+    from .models.edm_network import save_edm
+
+    shown = {} if picture is None else {"modelspec.thumbnail": picture}
+    save_edm(student, path, recipe.to_metadata() | shown)
 
 
 def _write_checkpoint(

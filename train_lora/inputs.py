@@ -7,6 +7,7 @@ from pathlib import Path
 from .config import Config
 from .config_regression import TINY_VAE_SOURCE, WEIGHT_SOURCES, RegressionConfig
 from .data.rows import HUB
+from .data.settings import CLASSES
 from .models.places import check_model_path
 
 
@@ -52,7 +53,7 @@ def check_data(config: Config, *, pictures: bool = True) -> None:
         assert config.data.real_images is not None
         sources["data.real_images"] = config.data.real_images
     for key, source in sources.items():
-        if source in ("demo", "teacher") or source.startswith(HUB):
+        if source in ("demo", "teacher", CLASSES) or source.startswith(HUB):
             continue
         if not Path(source).exists():
             raise ValueError(

@@ -19,6 +19,7 @@ from .best import Best, protected_checkpoints
 from .checkpoint import hand_over, num_bytes, tensors_of, write_state
 from .checkpoint_store import CheckpointStore
 from .config import Config
+from .data.class_folders import ClassData
 from .data.training_data import TrainingData
 from .distill import Batch, Distiller, Figures, Pairs
 from .distributed import largest, wait_for_all
@@ -46,8 +47,9 @@ class Trainer:
     """State of one run. The step counter is its only position: batch and noise derive from it."""
 
     def __init__(
-        self, *, config: Config, distiller: Distiller, data: TrainingData, accelerator: Accelerator
-    ) -> None:
+        self, *, config: Config, distiller: Distiller, data: TrainingData | ClassData,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
         self.config, self.distiller, self.data = config, distiller, data
         self.accelerator = accelerator
         student = distiller.unet.parameters_of(STUDENT)

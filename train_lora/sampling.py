@@ -19,10 +19,10 @@ from dmd2_core import (
 )
 
 from .config import Config
+from .models.class_condition import AnyCondition
 from .models.components import Components
 from .models.placement import placed
 from .models.roles import SharedUNet
-from .models.text import LATENT_PX, Condition
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -61,7 +61,7 @@ def sample_latents(
     unet: SharedUNet,
     role: str,
     components: Components,
-    condition: Condition,
+    condition: AnyCondition,
     plan: StepPlan,
     *,
     seed: int,
@@ -77,7 +77,7 @@ def sample_latents(
     Large pictures are drawn one after the other.
     """
     _, _, height, width = condition.latent_shape()
-    rows = rows_at_once(LATENT_PX * height, LATENT_PX * width)
+    rows = rows_at_once(components.latent_px * height, components.latent_px * width)
     if len(condition) > rows:
         parts = [
             sample_latents(
@@ -88,7 +88,7 @@ def sample_latents(
         ]  # fmt: skip
         return torch.cat(parts)
     eps = initial_noise(condition.latent_shape(), seed, first_index=first_index)
-    eps = eps.to(condition.hidden.device)
+    eps = eps.to(condition.device)
     unconditional = components.unconditional(condition)
     denoise = guided(Denoiser(unet, components.schedule, components.prediction), guidance)
     with unet.role(role):
@@ -120,7 +120,8 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
 
 def _decoded(components: Components, latents: Tensor) -> Tensor:
     vae = components.vae
-    rows = vae_rows(LATENT_PX * latents.shape[2], LATENT_PX * latents.shape[3])
+    cell_px = components.latent_px
+    rows = vae_rows(cell_px * latents.shape[2], cell_px * latents.shape[3])
     with placed(vae, latents.device):
         images = torch.cat([decode_rows(vae, chunk) for chunk in latents.split(rows)])
     return images.clamp(-1, 1)

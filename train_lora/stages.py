@@ -122,7 +122,7 @@ def _continue_critic(trainer: Trainer, path: Path, before: Config) -> None:
     own = dict(zip(trainer.critic.names, trainer.critic.parameters, strict=True))
     tensors = read_safetensors(path)[0]
     heads = [{n: t.shape for n, t in part.items() if n.startswith(HEAD)} for part in (own, tensors)]
-    same = heads[0] == heads[1] and _gan_kind(before) == _gan_kind(trainer.config)
+    same = heads[0] == heads[1] and _seen_by_head(before) == _seen_by_head(trainer.config)
     if not same:
         own = {name: tensor for name, tensor in own.items() if name not in heads[0]}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in heads[1]}
@@ -131,10 +131,8 @@ def _continue_critic(trainer: Trainer, path: Path, before: Config) -> None:
     place_tensors(path, tensors, own)
 
 
-def _gan_kind(config: Config) -> dict[str, Any]:
-    """What of [gan] says what the head sees, not how strongly or quickly it trains."""
-    settings = config.to_dict()["gan"]
-    return {k: v for k, v in settings.items() if not k.endswith(("_weight", "learning_rate"))}
+def _seen_by_head(config: Config) -> tuple[Any, ...]:
+    return config.gan.features, config.gan.layers
 
 
 def _warm_starts(settings: Mapping[str, Any]) -> Iterator[str]:

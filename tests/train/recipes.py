@@ -26,6 +26,7 @@ from tests.train.picture_files import (
     tar_folder,
 )
 from tests.train.tiny import student_file
+from tests.train.tiny_edm import SIDE_PX, class_folder, write_teacher
 from tests.train.tiny_sd15 import random_sd15
 from train_lora.demo.teacher import load_teacher
 from train_lora.models.saving import save_diffusers_folder, save_single_file
@@ -190,6 +191,41 @@ RECIPES = {
     ),
 }
 
+OF_CLASSES = {
+    "model.path": "{}/edm.safetensors",
+    "data.resolution_px": SIDE_PX,
+    "student.rank": None,
+    "critic.rank": None,
+}
+IN_BF16 = 3e-3  # as of the other sharded student
+RECIPES["EDM of classes"] = Recipe(
+    preset="imagenet64",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES | {"data.real_images": "{}/classes", "data.min_size_px": 4},
+)
+RECIPES["EDM of classes, all layers"] = Recipe(
+    preset="imagenet64-long-stage2",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES
+    | {
+        "data.real_images": "{}/classes",
+        "gan.layers": '["all"]',
+        "gan.shared_draw": "true",
+        "training.continue_from": "none",  # test_imagenet.py: from a run
+    },
+)
+RECIPES["EDM of classes, without GAN"] = Recipe(
+    preset="imagenet64-long-stage1",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES | {"validation.every": 1, "validation.num_prompts": 2},
+)
+
 
 def write_inputs(folder: Path) -> Path:
     """All that the recipes read; returns the folder."""
@@ -212,6 +248,8 @@ def write_inputs(folder: Path) -> Path:
     captioned_folder(folder / "folder", SQUARE + WIDE + [(90, 90)])
     metadata_folder(folder / "metadata", 4)
     tar_folder(folder / "tars", 4)
+    write_teacher(folder / "edm.safetensors", iterations=5)
+    class_folder(folder / "classes")
     return folder
 
 

@@ -285,12 +285,10 @@ def test_options_without_effect_are_errors(tmp_path: Path) -> None:
 CHOICES: dict[str, dict[str, object]] = {
     "paper": {},
     "teacher": {"gan__features": "teacher"},
-    "layers": {"gan__layers": "all"},
-    "r1": {"gan__r1_weight": 30.0, "gan__r1_noise": 0.1},
-    "shared": {"gan__shared_draw": "true"},
+    "r1": {"gan__r1_weight": 300.0, "gan__r1_noise": 0.1},
     "together": {
         "distribution_matching__divergence": "jensen-shannon",
-        "gan__layers": "down1,middle",
+        "gan__layers": "all",
         "gan__r1_weight": 10.0,
         "gan__shared_draw": "true",
     },
@@ -340,7 +338,7 @@ def test_the_discriminator_learns_with_every_choice(losses, choice: str) -> None
 
 
 def test_r1_keeps_the_logits_of_real_images_flat(losses) -> None:
-    assert losses["r1"]["r1"] < 0.5 * losses["paper"]["r1"], losses
+    assert losses["r1"]["r1"] < 0.3 * losses["paper"]["r1"], losses  # 0.11 here
 
 
 def test_a_resumed_run_has_the_same_bits_and_other_layers_are_refused(tmp_path: Path) -> None:

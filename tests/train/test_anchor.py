@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from train_lora.config_anchor import DiversityAnchorConfig
 from train_lora.data.demo_data import demo_captions
 from train_lora.data.training_data import encode_captions, load_training_data
 from train_lora.demo import scenes
-from train_lora.demo.classifier import load_classifier, recognised
+from train_lora.demo.classifier import load_classifier
 from train_lora.demo.teacher import load_teacher
 from train_lora.distill import Batch, Distiller
 from train_lora.draws import randn_like, sample_draws
@@ -127,8 +126,8 @@ def student_gradient(distiller: Distiller, batch: Batch) -> Tensor:
 def test_the_first_steps_squared_error_is_added_to_the_gradient(
     tmp_path: Path, batch: Batch
 ) -> None:
-    anchored = random_distiller(demo_config(tmp_path, **ANCHORED))
-    plain = random_distiller(demo_config(tmp_path))
+    anchored = random_distiller(demo_config(tmp_path, **ANCHORED, gan__enabled="false"))
+    plain = random_distiller(demo_config(tmp_path, gan__enabled="false"))
     added = student_gradient(anchored, batch) - student_gradient(plain, batch)
 
     draws = sample_draws(11, first=0, count=2)
@@ -164,12 +163,12 @@ def test_the_other_losses_leave_the_first_step_to_the_anchor(tmp_path: Path) -> 
     assert {plain.step_index(i) for i in range(60)} == {0, 1, 2, 3}
 
 
-def test_a_training_with_anchor_and_guidance_apart_draws_better_from_a_nearer_first_step(
+def test_a_training_with_anchor_and_guidance_apart_nears_the_teacher_and_real_scenes(
     tmp_path: Path,
 ) -> None:
-    """The embedded teacher: after 20 updates the first step's error to its target, on noise of
-    its own, and the attributes that the classifier recognises in 4 steps, against the untrained
-    student."""
+    """Eight updates on the embedded teacher: the first step's error on other noise falls, and so
+    does the distance of 4-step pictures' mean features from those of real scenes of the same
+    prompts, both against the untrained student's."""
     captions = tmp_path / "prompts.txt"
     captions.write_text("\n".join(demo_captions(32)))
     config = demo_config(
@@ -180,34 +179,33 @@ def test_a_training_with_anchor_and_guidance_apart_draws_better_from_a_nearer_fi
         **{"diversity_anchor__weight": 0.5, "diversity_anchor__teacher_steps": 2},
         distribution_matching__guidance_timesteps="above",
     )
-    model = load_teacher()
+    model, classifier = load_teacher(), load_classifier()
     data = load_training_data(config, model)
     trainer = build_trainer(config, model, data, Accelerator(cpu=True))
     distiller = trainer.distiller
     shown = scenes.random_scenes(16, torch.Generator().manual_seed(3))
     condition = encode_captions(model, [scene.caption for scene in shown], 128)
+    real = scenes.draw(shown * 4, torch.Generator().manual_seed(4))
 
     def error() -> float:
-        held_out = replace(distiller, config=replace(config))  # leaves no gradients behind
-        figures = held_out._anchor_step(
-            condition, held_out.anchor, sample_draws(5, first=0, count=16)
-        )
+        draws = sample_draws(5, first=0, count=16)
+        figures = distiller._anchor_step(condition, distiller.anchor, draws)
         for parameter in distiller.unet.parameters_of("student"):
             parameter.grad = None
         return figures["loss/anchor"].item()
 
-    def accuracy() -> float:
+    def distance() -> float:
         latents = sample_latents(distiller.unet, "student", model, condition, FOUR, seed=8)
-        images = decode_latents(model, latents)
-        return float(recognised(load_classifier(), images, scenes.labels(shown)).nanmean())
+        with torch.no_grad():
+            images = decode_latents(model, latents)
+            means = [classifier.features(part).mean(0) for part in (images, real)]
+        return (means[0] - means[1]).square().sum().item()
 
-    before = error(), accuracy()
-    for iteration in range(20):
+    untrained = error(), distance()
+    for iteration in range(8):
         trainer.iterate(iteration)
-    after = error(), accuracy()
-    print(before, after)
-    assert after[0] < 0.6 * before[0]
-    assert after[1] > before[1] + 0.05
+    assert error() < 0.75 * untrained[0]
+    assert distance() < 0.5 * untrained[1]
 
 
 # -- settings --------------------------------------------------------------------------------------

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from .text import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+    from .edm_teacher import EDMPasses
 
 Added = dict[str, Tensor] | None
 """SDXL's pooled vector and size ids, under diffusers' names; None for SD1.5."""
@@ -48,6 +53,17 @@ class Passes(nn.Module):
         halvings = [min(level + 1, len(widths) - 1) for level in range(len(widths))]
         shapes = [LayerShape(width, 2**n) for width, n in zip(widths, halvings, strict=True)]
         return {f"down{n}": shape for n, shape in enumerate(shapes, 1)} | {MIDDLE: shapes[-1]}
+
+    def inputs(
+        self, x_t: Tensor, condition: Condition, autocast: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Added]:
+        """x_t, hidden states, and SDXL's pooled vector with the size ids (those stay float32), in
+        the dtype of `autocast`, None for the network's own: what every pass takes beside t."""
+        dtype = autocast or self.unet.conv_in.weight.dtype
+        hidden, added = condition.hidden.to(dtype), None
+        if condition.pooled.shape[1] > 0:
+            added = {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids}
+        return x_t.to(dtype), hidden, added
 
     def forward(self, sample: Tensor, t: Tensor, hidden: Tensor, added: Added) -> Tensor:
         """The network's output, (B, 4, H/8, W/8) like `sample`."""
@@ -99,3 +115,11 @@ def _map_of(output: object) -> Tensor:
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
     return found
+
+
+def passes_of(network: nn.Module) -> Passes | EDMPasses:
+    """The network's passes, by its kind."""
+    from .edm_network import EDMNetwork
+    from .edm_teacher import EDMPasses
+
+    return EDMPasses(network) if isinstance(network, EDMNetwork) else Passes(network)

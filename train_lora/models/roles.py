@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import TARGETS, LoraSpec, add_adapter, initialise, lora_layers
-from .passes import MIDDLE, Added, LayerShape, Passes
+from .class_condition import AnyCondition
+from .passes import MIDDLE, LayerShape, Passes, passes_of
 from .precision import Precision, set_precision
-from .text import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -70,7 +70,7 @@ class SharedUNet(nn.Module):
         unet.requires_grad_(False)
         base = unet if precision is None else set_precision(unet, precision)
         self.passes = nn.ModuleDict(
-            {role: Passes(network) for role, network in {TEACHER: base, **copies}.items()}
+            {role: passes_of(network) for role, network in {TEACHER: base, **copies}.items()}
         )
         self.adapters = {r: spec for r, spec in roles.items() if isinstance(spec, LoraSpec)}
         self.needs_all_processes = False
@@ -141,7 +141,7 @@ class SharedUNet(nn.Module):
 
     # The network
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
         inputs = self._inputs(x_t, t, condition)
         with self._autocast(x_t):
@@ -149,7 +149,7 @@ class SharedUNet(nn.Module):
         return output.to(x_t.dtype)
 
     def features(
-        self, x_t: Tensor, t: Tensor, condition: Condition, layers: Sequence[str] = (MIDDLE,)
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
     ) -> tuple[Tensor, ...]:
         """The maps of these `layers` (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
 
@@ -161,7 +161,7 @@ class SharedUNet(nn.Module):
         return tuple(found.to(x_t.dtype) for found in maps)
 
     def with_features(
-        self, x_t: Tensor, t: Tensor, condition: Condition, layers: Sequence[str] = (MIDDLE,)
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What `forward` and `features` give, in one pass."""
         inputs = self._inputs(x_t, t, condition)
@@ -169,11 +169,10 @@ class SharedUNet(nn.Module):
             output, maps = self.passes_of(self._role).with_features(*inputs, layers)
         return output.to(x_t.dtype), tuple(found.to(x_t.dtype) for found in maps)
 
-    def _inputs(
-        self, x_t: Tensor, t: Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor, Added]:
-        dtype = self._autocast_dtype or self.network_of(self._role).conv_in.weight.dtype
-        return x_t.to(dtype), t, *_conditions(condition, dtype)
+    def _inputs(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> tuple[Any, ...]:
+        passes = self.passes_of(self._role)
+        sample, *told = passes.inputs(x_t, condition, self._autocast_dtype)
+        return sample, t, *told
 
     @property
     def layers(self) -> dict[str, LayerShape]:
@@ -280,11 +279,3 @@ class RoleScope:
         trace: TracebackType | None,
     ) -> None:
         self._shared._activate(self._previous.pop())
-
-
-def _conditions(condition: Condition, dtype: torch.dtype) -> tuple[Tensor, Added]:
-    """Hidden states, and SDXL's pooled vector with the size ids (those stay float32)."""
-    hidden = condition.hidden.to(dtype)
-    if condition.pooled.shape[1] == 0:
-        return hidden, None
-    return hidden, {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids}
