@@ -39,6 +39,7 @@ from .schedule import (
     coefficients,
     k_sigma,
 )
+from .step_range import StepCounts, step_ranges
 
 __all__ = [
     "FAMILIES",
@@ -52,6 +53,7 @@ __all__ = [
     "Prediction",
     "Recipe",
     "SeededNoise",
+    "StepCounts",
     "StepPlan",
     "SteppedSchedule",
     "VPSchedule",
@@ -77,6 +79,7 @@ __all__ = [
     "k_sigma",
     "regression_loss",
     "sample_gradient",
+    "step_ranges",
     "target",
     "to_x0",
 ]

@@ -93,6 +93,7 @@ class Distiller:
     """Discriminator head on the critic's middle-block features."""
     components: Components
     plan: StepPlan
+    """The student's steps: those for inference, or those that an iteration drew."""
     config: Config
     denoiser: Denoiser[Condition] = field(init=False)
 
