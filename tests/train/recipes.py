@@ -138,6 +138,7 @@ RECIPES = {
             "data.real_images": "{}/rows",
             "data.caption_column": "caption",
             "data.image_column": "image",
+            "sampling.random_steps": "[2, 6]",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(
