@@ -66,6 +66,7 @@ def recipe_of(
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
+        trained_steps=config.sampling.random_steps,
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
         teacher_guidance=None

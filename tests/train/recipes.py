@@ -152,6 +152,7 @@ RECIPES = {
             "diversity_anchor.timestep": 499,
             "diversity_anchor.teacher_steps": 2,
             "data.image_column": "image",
+            "sampling.random_steps": "[2, 6]",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(

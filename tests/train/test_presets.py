@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 
 import pytest
@@ -122,4 +123,5 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "--presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(presets())
-    assert "sdxl-4step-12gb    SDXL in 4 steps on one GPU of 12 GB" in "\n".join(lines)
+    assert any(re.match(r"sdxl-4step-12gb +SDXL in 4 steps on one GPU of 12 GB", x) for x in lines)
+    assert len({re.search(r" {2,}", line).end() for line in lines}) == 1  # in a column
