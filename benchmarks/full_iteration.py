@@ -23,7 +23,7 @@ import torch
 
 from train_lora.cli import pair_overrides
 from train_lora.config import Config
-from train_lora.config_load import load
+from train_lora.config_load import load, load_unfinished
 from train_lora.data.training_data import TrainingData
 from train_lora.demo.run import peak_memory_mb
 from train_lora.demo.teacher import load_teacher
@@ -83,13 +83,16 @@ def benchmark_config(
     preset: str | None, overrides: Sequence[tuple[str, str]], kind: str, folder: Path
 ) -> Config:
     """The preset without anything that reads or writes files; `overrides` win over all."""
-    data = 'prompts = "random.txt"\nreal_images = "random"\n'
+    data = 'prompts = "random.txt"\n'
+    if load_unfinished(preset=preset, overrides=overrides).config.needs_real_images:
+        data += 'real_images = "random"\n'
     if kind == "tiny":
         data += f"resolution_px = {TINY_PX}\n"
     file = folder / "benchmark.toml"
     file.write_text(
         f'[model]\npath = "random"\n[data]\n{data}[output]\ndirectory = "unused"\n'
         "[validation]\nevery = 0\n[export]\nthumbnail = false\n[logging]\ntrackers = []\n"
+        '[training]\ncontinue_from = "none"\n'
     )
     return load(preset=preset, file=file, overrides=overrides).config
 

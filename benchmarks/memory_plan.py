@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dmd2_core import MiddleBlockHead
+from train_lora.adversary import build_head
 from train_lora.config import Config
 from train_lora.demo import architecture
 from train_lora.model_setup import autocast_dtype
@@ -33,11 +33,10 @@ def resident_bytes(config: Config, kind: str) -> dict[str, int]:
             "the hardware tells: leave --plan out"
         )
     unet = _unet(config, kind)
-    side = config.data.resolution_px // LATENT_PX
     head: nn.Module = nn.Identity()
     if config.gan.enabled:
         with torch.device("meta"):
-            head = MiddleBlockHead(unet.feature_channels, side // unet.feature_downscale)
+            head = build_head(config.gan, unet, config.data.resolution_px // LATENT_PX)
     student, critic = unet.parameters_of(STUDENT), unet.parameters_of(CRITIC)
     adapters = sum(_num_bytes(unet.parameters_of(role)) for role in unet.adapters)
     optimizer = config.training.optimizer

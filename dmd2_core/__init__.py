@@ -3,17 +3,21 @@
 Read in this order: schedule, prediction, few_step, then losses.
 """
 
-from .discriminator import MiddleBlockHead
+from .discriminator import LayerHeads, MiddleBlockHead
+from .divergence import Divergence, divergence_weight
 from .families import FAMILIES, family_recipe
 from .few_step import StepPlan, few_step_sample, initial_sample
-from .guidance import classifier_free_guidance, guided
+from .guidance import both_branches, classifier_free_guidance, guided
 from .losses import (
+    approximate_r1_loss,
     denoising_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
     edm_loss_weight,
     gan_critic_loss,
+    gan_fake_loss,
     gan_generator_loss,
+    gan_real_loss,
     regression_loss,
     sample_gradient,
 )
@@ -45,9 +49,11 @@ __all__ = [
     "FAMILIES",
     "INITIAL_STEP",
     "Denoiser",
+    "Divergence",
     "EDMScalings",
     "EDMSchedule",
     "FlowSchedule",
+    "LayerHeads",
     "MiddleBlockHead",
     "NoiseSchedule",
     "Prediction",
@@ -58,6 +64,8 @@ __all__ = [
     "SteppedSchedule",
     "VPSchedule",
     "add_noise",
+    "approximate_r1_loss",
+    "both_branches",
     "classifier_free_guidance",
     "coefficients",
     "denoising_loss",
@@ -65,6 +73,7 @@ __all__ = [
     "derived_seed",
     "distribution_matching_gradient",
     "distribution_matching_loss",
+    "divergence_weight",
     "edm_loss_weight",
     "edm_preconditioned",
     "edm_scalings",
@@ -72,7 +81,9 @@ __all__ = [
     "few_step_sample",
     "from_x0",
     "gan_critic_loss",
+    "gan_fake_loss",
     "gan_generator_loss",
+    "gan_real_loss",
     "guided",
     "initial_noise",
     "initial_sample",

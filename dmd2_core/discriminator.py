@@ -1,8 +1,9 @@
-"""The discriminator's head on the critic's middle-block features (DMD2, sec. 4.3)."""
+"""The discriminator's heads: one on middle-block features (DMD2, sec. 4.3), or several."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -78,3 +79,30 @@ class MiddleBlockHead(nn.Module):
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
                 assert module.bias is not None
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+
+
+class LayerHeads(nn.Module):
+    """A head per feature map -> one logit per image, the mean of theirs.
+
+    Every head is a `MiddleBlockHead` for the size of its map. Adversarial distillation puts heads
+    on several layers of the teacher (LADD, arXiv 2403.12015) and adds up their losses; the mean of
+    the logits leaves a single logit, of the size of the paper's, for all that takes one.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], *, generator: torch.Generator | None = None
+    ) -> None:
+        """`shapes`: layer -> (channels, side of its map at the base resolution), in the order in
+        which `forward` gets the maps; `generator` as for `MiddleBlockHead`."""
+        super().__init__()
+        self.heads = nn.ModuleDict(
+            {
+                name: MiddleBlockHead(channels, side, generator=generator)
+                for name, (channels, side) in shapes.items()
+            }
+        )
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """`features`: a map (B, channels, H, W) for each layer -> logits: (B,), float32."""
+        pairs = zip(self.heads.values(), features, strict=True)
+        return torch.stack([head(found) for head, found in pairs]).mean(dim=0)

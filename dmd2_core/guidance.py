@@ -27,6 +27,22 @@ def concatenate(conditions: list[Any]) -> Any:
     return type(conditions[0]).cat(conditions)
 
 
+def both_branches(
+    denoiser: Callable[[Tensor, Tensor, Condition], Tensor],
+    join: Callable[[list[Condition]], Condition] = concatenate,
+) -> Callable[[Tensor, Tensor, Condition, Condition], tuple[Tensor, Tensor]]:
+    """(x_t, t, condition, uncondition) -> x0 of each, from one call with a batch of 2B."""
+
+    def denoise(
+        x_t: Tensor, t: Tensor, condition: Condition, uncondition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), join([condition, uncondition]))
+        x0_cond, x0_uncond = both.chunk(2)
+        return x0_cond, x0_uncond
+
+    return denoise
+
+
 def guided(
     denoiser: Callable[[Tensor, Tensor, Condition], Tensor],
     scale: float,
@@ -39,12 +55,11 @@ def guided(
     """
     if not scale >= 0.0:
         raise ValueError(f"guidance scale is {scale}: choose 1 (none) or more")
+    branches = both_branches(denoiser, join)
 
     def denoise(x_t: Tensor, t: Tensor, condition: Condition, uncondition: Condition) -> Tensor:
         if scale == 1.0:
             return denoiser(x_t, t, condition)
-        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), join([condition, uncondition]))
-        x0_cond, x0_uncond = both.chunk(2)
-        return classifier_free_guidance(x0_cond, x0_uncond, scale)
+        return classifier_free_guidance(*branches(x_t, t, condition, uncondition), scale)
 
     return denoise

@@ -70,14 +70,33 @@ def edm_loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     return sigma**-2 + sigma_data**-2
 
 
+def gan_real_loss(logits: Tensor) -> Tensor:
+    """mean softplus(-logits): small when the head takes these images, (B,), for real."""
+    return F.softplus(-_wide(logits)).mean()
+
+
+def gan_fake_loss(logits: Tensor) -> Tensor:
+    """mean softplus(logits): small when the head takes these images, (B,), for the student's."""
+    return F.softplus(_wide(logits)).mean()
+
+
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
     """mean softplus(-fake): small when the head takes the student's samples, (B,), for real."""
-    return F.softplus(-_wide(fake_logits)).mean()
+    return gan_real_loss(fake_logits)
 
 
 def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """mean softplus(fake) + mean softplus(-real): small when the head tells (B,) from (B',)."""
-    return F.softplus(_wide(fake_logits)).mean() + F.softplus(-_wide(real_logits)).mean()
+    return gan_fake_loss(fake_logits) + gan_real_loss(real_logits)
+
+
+def approximate_r1_loss(real_logits: Tensor, moved_logits: Tensor) -> Tensor:
+    """Mean squared difference of the logits of real images and of the same, slightly noised: (B,).
+
+    Approximates the R1 penalty without a second derivative (arXiv 2501.08316, sec. 3): with noise
+    of deviation s, small, it is near s^2 times the squared norm of the logit's gradient.
+    """
+    return F.mse_loss(_wide(moved_logits), _wide(real_logits))
 
 
 def regression_loss(x: Tensor, target: Tensor) -> Tensor:

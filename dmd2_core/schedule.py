@@ -201,6 +201,11 @@ class SteppedSchedule:
         return cls(FlowSchedule(), steps / NUM_TIMESTEPS)
 
     @property
+    def has_zero_terminal_snr(self) -> bool:
+        """False: that is said of VP models, some of which were rescaled to it; no other ever is."""
+        return False
+
+    @property
     def num_timesteps(self) -> int:
         """T: valid times are 0 .. T - 1."""
         return len(self.times)

@@ -26,6 +26,7 @@ from .config import SECTIONS, Config
 from .config_load import from_dict, ineffective_keys, value_of
 from .config_section import show_value
 from .models.safetensors_io import read_safetensors, write_safetensors
+from .regression_losses import PerceptualLoss
 from .sharding import place_whole, shards_like, to_main
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ CHANGEABLE = (
     *("training.gradient_checkpointing", "training.compile", "training.max_nonfinite_in_a_row"),
 )
 """Sections and keys that a resumed run may set anew; of the batch, the total must stay."""
-MOVABLE = ("model.path", "data.prompts", "data.real_images", "data.cache", "regression.pairs")
+MOVABLE = (
+    *("model.path", "data.prompts", "data.real_images", "data.cache"),
+    *("regression.pairs", "regression.lpips_weights", "regression.tiny_vae"),
+)
 """Paths that may be others, since the content is compared, but not appear or go."""
 
 
@@ -78,7 +82,9 @@ def write_state(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]], t
         "iteration": trainer.iteration,
         "seconds_training": trainer.seconds_training,
         "average_updates": trainer.average.num_updates,
+        "mean_weight": trainer.distiller.adversary.mean_weight,
         "caption": trainer.caption,
+        "earlier": trainer.earlier,
         "student": _counters(trainer.student),
         "critic": _counters(trainer.critic),
         "matches": _identity(trainer),
@@ -139,6 +145,9 @@ def restore(trainer: Trainer, checkpoint: Path, state: Mapping[str, Any]) -> Non
     average = checkpoint / f"{AVERAGE}.safetensors"
     _copy(average, trainer.student.names, trainer.average.averages)
     trainer.average.num_updates = state["average_updates"]
+    if "mean_weight" in state:  # runs of before there were divergences have none
+        trainer.distiller.adversary.mean_weight = state["mean_weight"]
+    trainer.earlier = state.get("earlier")
     trainer.iteration = trainer.saved_iteration = state["iteration"]
     trainer.seconds_training = state["seconds_training"]
     changed = {k: v for k, v in _versions().items() if state["versions"].get(k) != v}
@@ -154,6 +163,8 @@ _REMEDIES = {
     "number of prompts": "put the prompts back, or start a new run",
     "number of real images": "put the images back, or start a new run",
     "number of pairs": "set --regression.pairs to those that the run was started with",
+    "regression loss's networks": "set --regression.lpips_weights and --regression.tiny_vae to "
+    "those that the run was started with",
     "global batch": "set training.batch_size or training.gradient_accumulation_steps so that "
     "processes x batch_size x gradient_accumulation_steps is as before",
 }
@@ -161,8 +172,10 @@ _REMEDIES = {
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
     """What must be the same for the run to be continued; the keys stand in messages."""
-    data = trainer.data
+    data, regression = trainer.data, trainer.distiller.regression
     pairs = {} if data.pairs is None else {"number of pairs": len(data.pairs)}
+    if isinstance(regression, PerceptualLoss):
+        pairs["regression loss's networks"] = regression.fingerprint
     return pairs | {
         "base model's hash": trainer.distiller.components.base_hash,
         "number of prompts": len(data.prompts),
@@ -212,10 +225,16 @@ def _restore_optimizer(update: Update, path: Path, numbers: Mapping[str, float])
     update.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-@torch.no_grad()
 def _copy(path: Path, names: Sequence[str], into: Sequence[Tensor]) -> None:
-    tensors, _ = read_safetensors(path)
-    own = dict(zip(names, into, strict=True))
+    place_tensors(path, read_safetensors(path)[0], dict(zip(names, into, strict=True)))
+
+
+@torch.no_grad()
+def place_tensors(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, of the file `path`, into `own`, some of which may be sharded.
+
+    ValueError where names or shapes are not the same.
+    """
     wrong = sorted(set(own) ^ set(tensors))
     wrong += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     if wrong:

@@ -108,7 +108,7 @@ def newest_complete(run: Path) -> Path:
             return folder
         log.warning("the checkpoint %s is skipped: %s", folder, reason)
     state = "every checkpoint in it is damaged" if found else "it has no checkpoint"
-    raise ValueError(f"{run} cannot be used: {state}. Start a new run in another folder.")
+    raise ValueError(f"{run} cannot be used: {state}. Name another folder, or start a new run.")
 
 
 def complete_at(run: Path, iteration: int) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .cli_edm import add_convert_edm
 from .cli_evaluate import add_compare, add_evaluate
 from .cli_files import add_export, add_merge
 from .cli_pairs import add_pairs
@@ -110,6 +111,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_compare(commands)
     _add_prepare(commands)
     add_pairs(commands, _add_config_sources, _load_config)
+    add_convert_edm(commands)
     _add_demo(commands)
     _add_teacher(commands)
     _add_config(commands)
@@ -330,8 +332,9 @@ def _config_presets(arguments: argparse.Namespace) -> int:
     from .config_load import presets
 
     _refuse_values(arguments, "--presets lists all presets")
+    width = max(map(len, presets()))
     for name, purpose in presets().items():
-        print(f"{name:<16}  {purpose}")
+        print(f"{name:<{width}}  {purpose}")
     return 0
 
 

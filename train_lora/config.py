@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .config_anchor import DiversityAnchorConfig
+from .config_classes import check_classes, has_classes
 from .config_losses import DistributionMatchingConfig, GanConfig
 from .config_networks import CriticConfig, StudentConfig
-from .config_regression import RegressionConfig
+from .config_regression import WEIGHT_SOURCES, RegressionConfig
 from .config_results import (
     RESULTS,
     CheckpointConfig,
@@ -23,7 +25,7 @@ from .config_results import (
     ValidationConfig,
 )
 from .config_sampling import BackwardSimulationConfig, SamplingConfig
-from .config_section import Section, show_value
+from .config_section import NUM_TIMESTEPS, Section, show_value
 from .config_training import TrainingConfig
 from .data.settings import DataConfig
 
@@ -36,7 +38,7 @@ class ModelConfig(Section):
 
     path: str
     """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
-    (downloaded once), or "demo" (the embedded one)."""
+    (downloaded once), "demo" (the embedded one), or an EDM network of `dmd2 convert-edm`."""
 
     prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
     """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
@@ -61,6 +63,7 @@ class Config:
         default_factory=DistributionMatchingConfig
     )
     gan: GanConfig = field(default_factory=GanConfig)
+    diversity_anchor: DiversityAnchorConfig = field(default_factory=DiversityAnchorConfig)
     backward_simulation: BackwardSimulationConfig = field(default_factory=BackwardSimulationConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -84,6 +87,13 @@ class Config:
                 'name a folder of captioned images, or "teacher", or change that.'
             )
 
+        divergence = self.distribution_matching.divergence
+        if divergence != "reverse-kl" and not self.gan.enabled:
+            raise ValueError(
+                f'distribution_matching.divergence is "{divergence}", which weights samples by '
+                "what the discriminator makes of them, but gan.enabled is false; set gan.enabled "
+                'to true, or distribution_matching.divergence to "reverse-kl".'
+            )
         lowered = ("bf16", "fp16", "8bit", "4bit")
         if self.model.base_precision in lowered and self.training.mixed_precision != "bf16":
             raise ValueError(
@@ -96,6 +106,12 @@ class Config:
                 f'student.init is {self.student.init!r}, but student.kind is "full", and only a '
                 'LoRA starts from a LoRA; set student.kind to "lora", or student.init to "none".'
             )
+        if self.student.init is not None and self.training.continue_from is not None:
+            raise ValueError(
+                f"student.init is {self.student.init!r}, but training.continue_from is "
+                f"{self.training.continue_from!r}, whose student this run starts from; set one of "
+                'them to "none".'
+            )
         regression, critic = self.regression.warmup_iterations, self.critic.warmup_iterations
         if regression + critic >= self.training.iterations:
             added = f" and regression.warmup_iterations is {regression}" if regression else ""
@@ -105,7 +121,10 @@ class Config:
                 "set it lower."
             )
         self._check_regression()
-        if self.gan.enabled and self.data.resolution_px not in GAN_RESOLUTIONS_PX:
+        self._check_anchor()
+        check_classes(self)
+        sides = None if has_classes(self) else GAN_RESOLUTIONS_PX
+        if self.gan.enabled and sides and self.data.resolution_px not in sides:
             raise ValueError(
                 f"data.resolution_px is {self.data.resolution_px}, for which the GAN has no "
                 f"discriminator; set it to one of {', '.join(map(str, GAN_RESOLUTIONS_PX))}, "
@@ -138,6 +157,42 @@ class Config:
                 f"sampling.{key} is {show_value(getattr(self.sampling, key))}, but {because}, and "
                 f"the pairs lead from noise to an image in one step; set {remedy}, or {instead}."
             )
+        loss = self.regression.loss
+        if loss != "mse" and self.regression.lpips_weights is None:
+            raise ValueError(
+                f'regression.lpips_weights is not set, but regression.loss is "{loss}", and '
+                f"nothing downloads its network; get {WEIGHT_SOURCES[loss]} and name the file, or "
+                'set regression.loss to "mse".'
+            )
+
+    def _check_anchor(self) -> None:
+        steps = len(self.sampling.timesteps) or self.sampling.steps
+        if self.diversity_anchor.weight > 0 and steps == 1:
+            raise ValueError(
+                f"diversity_anchor.weight is {self.diversity_anchor.weight}, which leaves the "
+                "first step to the anchor alone, but the student has no other; set "
+                "sampling.steps to 2 or more, or diversity_anchor.weight to 0."
+            )
+        if self.diversity_anchor.weight > 0 and self.sampling.random_steps is not None:
+            self._check_anchor_of_random_steps(*self.sampling.random_steps)
+
+    def _check_anchor_of_random_steps(self, fewest: int, most: int) -> None:
+        """Every plan that may be drawn needs a later step, and the teacher a way down to it."""
+        told = f"sampling.random_steps is {show_value(self.sampling.random_steps)}"
+        if fewest == 1:
+            raise ValueError(
+                f"{told}, but diversity_anchor.weight is {self.diversity_anchor.weight}, which "
+                "leaves the first step to the anchor alone; begin at 2, or set "
+                "diversity_anchor.weight to 0."
+            )
+        shortest = NUM_TIMESTEPS // (2 * most)  # from 999 to the highest second timestep
+        steps = self.diversity_anchor.teacher_steps
+        if self.diversity_anchor.timestep is None and shortest < steps:
+            raise ValueError(
+                f"diversity_anchor.teacher_steps is {steps}, but {told}, and its second timestep "
+                f"may be {shortest} below the first; set diversity_anchor.teacher_steps to at most "
+                f"{shortest}, or diversity_anchor.timestep."
+            )
 
     @property
     def needs_real_images(self) -> bool:
@@ -159,8 +214,9 @@ class Config:
         for results in RESULTS:
             del settings[results.section]
         sources = (("data", key) for key in ("prompts", "real_images", "cache"))
-        named = (("model", "path"), ("student", "init"), ("regression", "pairs"))
-        for section, key in (*named, *sources):
+        named = (("model", "path"), ("student", "init"), ("training", "continue_from"))
+        regressions = (("regression", key) for key in ("pairs", "lpips_weights", "tiny_vae"))
+        for section, key in (*named, *regressions, *sources):
             if settings[section][key] is not None:
                 settings[section][key] = Path(settings[section][key]).name
         return settings
@@ -177,6 +233,7 @@ SECTIONS: dict[str, type[Section]] = {
         SamplingConfig,
         DistributionMatchingConfig,
         GanConfig,
+        DiversityAnchorConfig,
         BackwardSimulationConfig,
         RegressionConfig,
         TrainingConfig,

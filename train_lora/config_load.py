@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from .config import SECTIONS, Config
+from .config_classes import mark_classes
 from .config_section import show_value
 from .config_values import describe_type, fit, python_value
 
 Origin = Literal["default", "preset", "file", "cli"]
 PRESETS = Path(__file__).parent / "presets"
 UNKNOWN = "..."
-"""In place of a text that is not set yet."""
+"""In place of a text that is not set yet; in a preset, of one that it cannot do without."""
 
 ABLATIONS: dict[str, tuple[str, Any]] = {
     "no-gan": ("gan.enabled", False),
@@ -39,6 +40,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }
 """What each `training.objective` sets, where what names it does not set it otherwise."""
+
+NEEDED_AT_TIMES = ("data.real_images", "regression.pairs", "regression.lpips_weights")
+"""Keys that must be set where others ask for them."""
 
 TYPES: dict[str, Any] = {
     f"{section}.{item.name}": get_type_hints(kind)[item.name]
@@ -120,7 +124,7 @@ def _merged(
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return values, origins
+    return {key: value for key, value in values.items() if value != UNKNOWN}, origins
 
 
 def _with_objective(
@@ -202,16 +206,22 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
             mark(rest_of(section, "enabled"), f"{section}.enabled")
     if config.needs_real_images and config.data.real_images == "teacher":
         found.pop("distribution_matching.guidance", None)  # the teacher's images take it as well
-    if config.needs_pairs:
+    if config.needs_pairs or config.diversity_anchor.weight > 0:
         found.pop("distribution_matching.guidance", None)
-    else:
+    if not config.needs_pairs:
         of_pairs = rest_of("regression", "warmup_iterations")
         mark(of_pairs, "regression.warmup_iterations", "training.objective")
     if config.regression.warmup_iterations == 0:
         mark(["regression.learning_rate"], "regression.warmup_iterations")
+    if config.regression.loss == "mse":
+        mark(["regression.lpips_weights"], "regression.loss")
+    if config.regression.loss != "lpips":
+        mark(["regression.tiny_vae"], "regression.loss")
     if config.training.objective != "dmd":
         mark(["regression.weight"], "training.objective")
+    _mark_anchor_and_guidance(config, mark)
     _mark_data(config, mark)
+    mark_classes(config, mark)
     if config.sampling.timesteps:
         mark(["sampling.steps"], "sampling.timesteps")
     if config.validation.every == 0:
@@ -222,6 +232,7 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
         mark(["validation.panels"], "distribution_matching.enabled")
     if config.student.kind == "full":
         mark(["student.alpha"], "student.kind")
+    _mark_gan(config, mark)
     if config.critic.kind == "full":
         mark(["critic.rank", "critic.alpha"], "critic.kind")
     if config.model.path == "demo":
@@ -229,6 +240,29 @@ def ineffective_keys(config: Config) -> dict[str, tuple[str, ...]]:
     if "wandb" not in config.logging.trackers:
         mark(["logging.project"], "logging.trackers")
     return found
+
+
+def _mark_anchor_and_guidance(config: Config, mark: Callable[..., None]) -> None:
+    if config.diversity_anchor.weight == 0:
+        keys = ("diversity_anchor.timestep", "diversity_anchor.teacher_steps")
+        mark(keys, "diversity_anchor.weight")
+    if config.distribution_matching.guidance == 1.0:
+        keys = ("guidance_weight", "guidance_timesteps")
+        mark([f"distribution_matching.{k}" for k in keys], "distribution_matching.guidance")
+
+
+def _mark_gan(config: Config, mark: Callable[..., None]) -> None:
+    """The keys of [gan] that choices within it, or beside it, leave without effect."""
+    of_teacher, denoises = config.gan.features == "teacher", config.distribution_matching.enabled
+    if not config.gan.r1_weight:
+        mark(["gan.r1_noise"], "gan.r1_weight")
+    if of_teacher:  # the denoising pass is the critic's
+        mark(["gan.shared_draw"], "gan.features")
+    if not denoises:
+        mark(["gan.shared_draw"], "distribution_matching.enabled")
+    if of_teacher and not denoises:  # then nothing trains the critic
+        of_critic = [f"critic.{name}" for name in ("rank", "alpha", "learning_rate")]
+        mark(of_critic, "gan.features", "distribution_matching.enabled")
 
 
 def _mark_data(config: Config, mark: Callable[..., None]) -> None:
@@ -278,7 +312,7 @@ def _refuse_ineffective(loaded: LoadedConfig) -> None:
 
 def _build(values: Mapping[str, Any]) -> Config:
     missing = _missing(values)
-    if not set(missing) <= {"data.real_images", "regression.pairs"}:  # `Config` says why these are
+    if not set(missing) <= set(NEEDED_AT_TIMES):  # `Config` says why these are
         section, _, name = missing[0].partition(".")
         others = f"; also needed: {', '.join(missing[1:])}" if missing[1:] else ""
         raise ValueError(
@@ -297,7 +331,8 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
     takes_images = values["gan.enabled"] or not values["backward_simulation.enabled"]
     dmd = values["training.objective"] == "dmd"
     takes_pairs = dmd or values["regression.warmup_iterations"] > 0
-    needed = {"data.real_images": takes_images, "regression.pairs": takes_pairs}
+    takes_lpips = takes_pairs and values["regression.loss"] != "mse"
+    needed = dict(zip(NEEDED_AT_TIMES, (takes_images, takes_pairs, takes_lpips), strict=True))
     return [k for k in TYPES if k not in values or (needed.get(k, False) and values[k] is None)]
 
 

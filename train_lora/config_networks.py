@@ -51,6 +51,9 @@ class CriticConfig(Section):
     as velocity, where the errors of an epsilon model at high noise, in layout and colours, weigh
     more. A v model predicts velocity anyway."""
 
+    betas: tuple[float, float] | None = number(None, low=0, high=1, open_high=True)
+    """AdamW's two decay rates for critic and discriminator; "none": `training.betas`."""
+
     updates_per_generator: int = number(5, low=1, high=1000)
     """Critic updates for each student update: the student is updated every so many iterations."""
 

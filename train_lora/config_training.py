@@ -20,6 +20,11 @@ class TrainingConfig(Section):
     iterations: int = number(16_000, low=1)
     """Number of iterations, each with one critic update but for those of the regression."""
 
+    continue_from: str | None = None
+    """An earlier run's folder (its best checkpoint, or else its newest), or one of its checkpoints,
+    RUN/checkpoints/000500: this new run starts from that student, its average and that critic;
+    "none": from the teacher."""
+
     batch_size: int = number(4, low=1)
     """Images in one forward pass."""
 
@@ -34,7 +39,7 @@ class TrainingConfig(Section):
     """AdamW's weight decay, for student, critic and head."""
 
     betas: tuple[float, float] = number((0.9, 0.999), low=0, high=1, open_high=True)
-    """AdamW's two decay rates."""
+    """AdamW's two decay rates; `critic.betas` may differ."""
 
     max_grad_norm: float = number(10.0, low=0, open_low=True)
     """Gradients are scaled down to this norm, for student and critic apart."""

@@ -8,7 +8,8 @@ through the student with one `backward`. No role is switched between a forward a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,10 @@ from dmd2_core import (
     add_noise,
     coefficients,
     denoising_loss,
-    distribution_matching_gradient,
     distribution_matching_loss,
     few_step_sample,
     from_x0,
-    gan_critic_loss,
-    gan_generator_loss,
+    gan_fake_loss,
     guided,
     initial_sample,
     regression_loss,
@@ -32,11 +31,15 @@ from dmd2_core import (
     to_x0,
 )
 
+from .adversary import Adversary
+from .anchor import anchor_plan, anchor_target
 from .config import Config
 from .draws import Draws, randn_like, random_timesteps
+from .matching import matching_gradient
+from .models.class_condition import AnyCondition as Condition
 from .models.components import Components
 from .models.roles import SharedUNet
-from .models.text import Condition
+from .regression_losses import RegressionLoss, squared_error
 
 Figures = dict[str, Tensor]
 """Name -> scalar tensor (detached); fetched by the loop only when it logs."""
@@ -79,9 +82,11 @@ class StudentSample:
     x0: Tensor
     """(B, 4, H/8, W/8); with its graph if the generator is updated, else detached."""
     condition: Condition
+    timestep: int
+    """Of the step that made them: how noisy the student's input was."""
 
     def detached(self) -> StudentSample:
-        return StudentSample(x0=self.x0.detach(), condition=self.condition)
+        return replace(self, x0=self.x0.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +95,41 @@ class Distiller:
 
     unet: SharedUNet
     head: nn.Module
-    """Discriminator head on the critic's middle-block features."""
+    """The discriminator's, of `adversary.build_head`."""
     components: Components
     plan: StepPlan
     """The student's steps: those for inference, or those that an iteration drew."""
     config: Config
+    regression: RegressionLoss = squared_error
+    """How far one step is from the teacher's image, in `regression.loss`."""
     denoiser: Denoiser[Condition] = field(init=False)
+    anchor: StepPlan | None = field(init=False)
+    """How the teacher leads the student's first step; None without a diversity anchor."""
+    adversary: Adversary = field(init=False)
 
     def __post_init__(self) -> None:
         denoiser = Denoiser(self.unet, self.components.schedule, self.components.prediction)
         object.__setattr__(self, "denoiser", denoiser)
+        object.__setattr__(self, "anchor", self._anchor_of(self.plan))
+        adversary = Adversary(
+            unet=self.unet,
+            head=self.head,
+            schedule=self.components.schedule,
+            settings=self.config.gan,
+            divergence=self.config.distribution_matching.divergence,
+        )
+        object.__setattr__(self, "adversary", adversary)
+
+    def at(self, plan: StepPlan) -> Distiller:
+        """This one with other steps of the student; networks and losses are shared."""
+        other = copy(self)
+        object.__setattr__(other, "plan", plan)
+        object.__setattr__(other, "anchor", self._anchor_of(plan))
+        return other
+
+    def _anchor_of(self, plan: StepPlan) -> StepPlan | None:
+        settings = self.config.diversity_anchor
+        return anchor_plan(settings, plan) if settings.weight > 0 else None
 
     # -- the student ------------------------------------------------------------------------------
 
@@ -112,12 +142,13 @@ class Distiller:
                 x_t, condition = self._student_input(batch, step, draws)
             t = self.plan.times(self.plan.told(step), x_t)
             with torch.set_grad_enabled(with_graph):
-                return StudentSample(x0=self.denoiser(x_t, t, condition), condition=condition)
+                x0 = self.denoiser(x_t, t, condition)
+        return StudentSample(x0=x0, condition=condition, timestep=int(self.plan.timesteps[step]))
 
     def _student_input(self, batch: Batch, step: int, draws: Draws) -> tuple[Tensor, Condition]:
         """Backward simulation (sec. 4.5), or, in the ablation, a noised real latent."""
-        schedule, hidden = self.components.schedule, batch.condition.hidden
-        eps = randn_like(hidden.new_empty(batch.condition.latent_shape()), draws)
+        schedule, condition = self.components.schedule, batch.condition
+        eps = randn_like(torch.empty(condition.latent_shape(), device=condition.device), draws)
         if not self.config.backward_simulation.enabled:
             assert batch.real is not None
             t = self.plan.times(self.plan.timesteps[step], eps)
@@ -143,15 +174,12 @@ class Distiller:
         total = torch.zeros_like(x, dtype=torch.float32)
         figures: Figures = {}
         if self.config.distribution_matching.enabled:
-            direction = self._matching_gradient(x, sample.condition, draws)
+            direction = matching_gradient(self, sample, draws)
             loss, gradient = sample_gradient(lambda s: distribution_matching_loss(s, direction), x)
             total += gradient
             figures |= {"loss/matching": loss, "gradient/matching": gradient.norm()}
         if self.config.gan.enabled:
-            with self.unet.role("critic"):
-                loss, gradient = sample_gradient(
-                    lambda s: gan_generator_loss(self._logits(s, sample.condition, draws)), x
-                )
+            loss, gradient = self.adversary.generator_gradient(x, sample.condition, draws)
             gradient = self.config.gan.generator_weight * gradient
             total += gradient
             figures |= {"loss/gan_generator": loss, "gradient/gan": gradient.norm()}
@@ -159,7 +187,26 @@ class Distiller:
             sample.x0.backward(total.to(sample.x0.dtype))
         if pairs is not None:
             figures |= self.regression_step(pairs, self.config.regression.weight)
+        if self.anchor is not None:
+            figures |= self._anchor_step(sample.condition, self.anchor, draws)
         return figures
+
+    def _anchor_step(self, condition: Condition, anchor: StepPlan, draws: Draws) -> Figures:
+        """Accumulate the gradient of the student's first step towards the teacher's (DP-DMD)."""
+        schedule = self.components.schedule
+        eps = randn_like(torch.empty(condition.latent_shape(), device=condition.device), draws)
+        x = initial_sample(schedule, self.plan, eps)
+        teacher = guided(self.denoiser, self.config.distribution_matching.guidance)
+        unconditional = self.components.unconditional(condition)
+        with self.unet.role("teacher"), torch.no_grad():
+            target = anchor_target(
+                lambda x_t, t: teacher(x_t, t, condition, unconditional), x, schedule, anchor
+            )
+        t = self.plan.times(self.plan.told(0), x)
+        with self.unet.role("student"):
+            loss = regression_loss(self.denoiser(x, t, condition), target)
+            (self.config.diversity_anchor.weight * loss).backward()
+        return {"loss/anchor": loss.detach()}
 
     def regression_step(self, pairs: Pairs, weight: float = 1.0) -> Figures:
         """Accumulate the student's gradient towards the teacher's images (arXiv 2311.18828, 3.2).
@@ -169,66 +216,49 @@ class Distiller:
         x = initial_sample(self.components.schedule, self.plan, pairs.noise)
         t = self.plan.times(self.plan.told(0), x)
         with self.unet.role("student"):
-            loss = regression_loss(self.denoiser(x, t, pairs.condition), pairs.latents)
-            (weight * loss).backward()
-        return {"loss/regression": loss.detach()}
-
-    @torch.no_grad()
-    def _matching_gradient(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """Teacher against critic on the same noised samples; no gradient through any score."""
-        settings = self.config.distribution_matching
-        t = random_timesteps(settings.min_timestep, settings.max_timestep, x, draws)
-        x_t = add_noise(self.components.schedule, x, randn_like(x, draws), t)
-        with self.unet.role("teacher"):
-            teacher = guided(self.denoiser, settings.guidance)
-            x0_real = teacher(x_t, t, condition, self.components.unconditional(condition))
-        with self.unet.role("critic"):
-            x0_fake = self.denoiser(x_t, t, condition)
-        return distribution_matching_gradient(x, x0_real, x0_fake)
+            x0 = self.denoiser(x, t, pairs.condition)
+            loss, gradient = self.regression(x0, pairs.latents)
+            x0.backward((weight * gradient).to(x0.dtype))
+        return {"loss/regression": loss}
 
     # -- the critic -------------------------------------------------------------------------------
 
     def critic_step(self, sample: StudentSample, batch: Batch, draws: Draws) -> Figures:
         """Accumulate the gradients of the critic (eq. 3) and of the discriminator (eq. 4)."""
-        x = sample.x0.detach()
+        x, settings = sample.x0.detach(), self.config
         figures: Figures = {"sample/mean": x.mean(), "sample/deviation": x.std()}
-        with self.unet.role("critic"):  # one graph after the other: both at once need more memory
-            if self.config.distribution_matching.enabled:
-                denoising = self._denoising_loss(x, sample.condition, draws)
-                denoising.backward()
-                figures["loss/critic"] = denoising.detach()
-            if self.config.gan.enabled:
-                assert batch.real is not None
-                both = torch.cat([batch.real.latents, x])
-                captions = Condition.cat([batch.real.condition, sample.condition])
-                real, fake = self._logits(both, captions, [*draws, *draws]).chunk(2)
-                gan = gan_critic_loss(real, fake)
-                (self.config.gan.critic_weight * gan).backward()
-                figures |= {
-                    "real/mean": batch.real.latents.mean(),
-                    "real/deviation": batch.real.latents.std(),
-                    "loss/gan_critic": gan.detach(),
-                    "discriminator/real_accuracy": (real > 0).float().mean(),
-                    "discriminator/fake_accuracy": (fake < 0).float().mean(),
-                }
+        judged = None
+        # One graph after the other: both at once need more memory.
+        if settings.distribution_matching.enabled:
+            with self.unet.role("critic"):
+                loss, judged = self._denoising_loss(x, sample.condition, draws)
+                figures["loss/critic"] = loss.detach()
+                if judged is not None:
+                    loss = loss + settings.gan.critic_weight * gan_fake_loss(judged)
+                loss.backward()
+        if settings.gan.enabled:
+            assert batch.real is not None
+            figures |= self.adversary.critic_step(sample.detached(), batch.real, draws, judged)
         return figures
 
-    def _denoising_loss(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """How well the critic denoises the student's samples, in `critic.loss_space`."""
+    def _denoising_loss(
+        self, x: Tensor, condition: Condition, draws: Draws
+    ) -> tuple[Tensor, Tensor | None]:
+        """How well the critic denoises the student's samples, in `critic.loss_space`.
+
+        With `gan.shared_draw` also what the discriminator makes of them in this pass.
+        """
         schedule, prediction = self.components.schedule, self.components.prediction
         t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
         eps = randn_like(x, draws)
         x_t, coefficients_t = add_noise(schedule, x, eps, t), coefficients(schedule, t, x)
-        output = self.unet(x_t, t, condition)
+        judged = None
+        if self.config.gan.shared_draw:
+            output, judged = self.adversary.output_and_logits(x_t, t, condition)
+        else:
+            output = self.unet(x_t, t, condition)
         if self.config.critic.loss_space == "velocity":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
-        return denoising_loss(prediction, output, x, eps, *coefficients_t)
-
-    def _logits(self, x: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """The discriminator on `x`, noised at random times (sec. 4.3): (B,). As the critic."""
-        schedule = self.components.schedule
-        t = random_timesteps(0, schedule.num_timesteps - 1, x, draws)
-        x_t = add_noise(schedule, x, randn_like(x, draws), t)
-        logits: Tensor = self.head(self.unet.features(x_t, t, condition))
-        return logits
+        weight = self.components.denoising_weight(coefficients_t[1])
+        return denoising_loss(prediction, output, x, eps, *coefficients_t, weight), judged

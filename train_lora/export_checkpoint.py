@@ -1,4 +1,7 @@
-"""`dmd2 export`: a LoRA file from a checkpoint, also of a training that is still running."""
+"""`dmd2 export`: a LoRA file from a checkpoint, also of a training that is still running.
+
+Beside an EDM teacher the file is the whole student.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,9 @@ def export_checkpoint(source: Path, out: Path, which: str | None = None) -> list
         components,
         unet,
         out,
-        whole=out.with_stem(f"{out.stem}_full"),
+        whole=out if components.kind == "edm" else out.with_stem(f"{out.stem}_full"),
         iterations=state["iteration"],
+        earlier=state.get("earlier"),
         pictured=pictured,
     )
 

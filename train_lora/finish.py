@@ -6,8 +6,10 @@ The end of a run and `dmd2 export` both come here, so that they write the same f
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,12 +22,15 @@ from .export import export_lora, write_lora
 from .extract import extract_lora
 from .lora_metadata import modelspec
 from .model_setup import load_model
+from .models.class_condition import AnyCondition
 from .models.components import Components
 from .models.roles import STUDENT, SharedUNet
-from .models.text import Condition
 from .pictures import jpeg_data_url
 from .sampling import decode_latents, sample_latents, step_plan
 from .sharding import whole_network
+
+if TYPE_CHECKING:
+    from .models.edm_network import EDMNetwork
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +38,31 @@ CHECKPOINT_FILE = "student.safetensors"
 THUMBNAIL_PX = 256
 
 
-def recipe_of(config: Config, components: Components, iterations: int) -> Recipe:
-    """How to sample with the student, and how it was made, in so many iterations.
+def trained_with(
+    config: Config, iterations: int, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a recipe tells about a training; under "earlier" the same of the run that it continues.
 
-    Of no rank: that is the file's (`write_lora`). Keys without effect are left out: the config.toml
-    that a run is resumed from does not hold them.
+    Keys without effect are left out: the config.toml that a run is resumed from does not hold them.
     """
-    plan, settings, idle = step_plan(config), config.recipe_settings(), ineffective_keys(config)
-    for section, name in (key.split(".") for key in idle):
+    settings: dict[str, Any] = config.recipe_settings()
+    for section, name in (key.split(".") for key in ineffective_keys(config)):
         settings.get(section, {}).pop(name, None)
     settings["training"]["iterations"] = iterations
+    return settings if earlier is None else settings | {"earlier": dict(earlier)}
+
+
+def recipe_of(
+    config: Config,
+    components: Components,
+    iterations: int,
+    earlier: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """How to sample with the student, and how it was made, in so many iterations.
+
+    Of no rank: that is the file's (`write_lora`). `earlier`: `trained_with` of the run before.
+    """
+    plan = step_plan(config)
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
@@ -50,22 +70,22 @@ def recipe_of(config: Config, components: Components, iterations: int) -> Recipe
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
         teacher_guidance=None
-        if "distribution_matching.guidance" in idle
+        if "distribution_matching.guidance" in ineffective_keys(config)
         else config.distribution_matching.guidance,
         base_model=components.name,
         base_model_hash=components.base_hash,
-        trained_with=settings,
+        trained_with=trained_with(config, iterations, earlier),
     )
 
 
-def thumbnail_condition(config: Config, components: Components, caption: str) -> Condition:
+def thumbnail_condition(config: Config, components: Components, caption: str) -> AnyCondition:
     """What the picture in the metadata shows: one row."""
     return encode_captions(components, [caption], config.data.resolution_px)
 
 
 @torch.no_grad()
 def thumbnail(
-    config: Config, components: Components, unet: SharedUNet, condition: Condition
+    config: Config, components: Components, unet: SharedUNet, condition: AnyCondition
 ) -> str:
     """A small picture by the student, as a data URL."""
     latents = sample_latents(
@@ -82,7 +102,8 @@ def export_student(
     *,
     whole: Path,
     iterations: int,
-    pictured: Condition | None,
+    earlier: Mapping[str, Any] | None = None,
+    pictured: AnyCondition | None,
     overwrite: bool = False,
     writes: bool = True,
 ) -> list[Path]:
@@ -91,14 +112,15 @@ def export_student(
     `writes`: in one process; the others of a sharded student give it their parts.
 
     Full weights become a checkpoint at `whole` (float16) and, by a singular value decomposition of
-    their difference from the base, the LoRA of rank `student.rank`.
+    their difference from the base, the LoRA of rank `student.rank`. An EDM student becomes the
+    checkpoint alone (float32).
     """
-    is_full = config.student.kind == "full"
-    files = [path, whole] if is_full else [path]
+    is_full, is_edm = config.student.kind == "full", components.kind == "edm"
+    files = [whole] if is_edm else [path, whole] if is_full else [path]
     for file in files:
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists: choose another name or remove it")
-    recipe = recipe_of(config, components, iterations)
+    recipe = recipe_of(config, components, iterations, earlier)
     picture = None if pictured is None else thumbnail(config, components, unet, pictured)
     side_px, names = config.data.resolution_px, config.export.names
     student = whole_network(unet.network_of(STUDENT)) if is_full else None
@@ -109,6 +131,9 @@ def export_student(
             unet, STUDENT, path, recipe,
             names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
         )  # fmt: skip
+        return files
+    if is_edm:
+        _write_edm(student, whole, recipe, picture)
         return files
     _write_checkpoint(
         replace(components, unet=student), whole, recipe, side_px, picture, overwrite=overwrite
@@ -124,6 +149,13 @@ def export_student(
         names=names, side_px=side_px, thumbnail=picture, overwrite=overwrite,
     )  # fmt: skip
     return files
+
+
+def _write_edm(student: EDMNetwork, path: Path, recipe: Recipe, picture: str | None) -> None:
+    from .models.edm_network import save_edm
+
+    shown = {} if picture is None else {"modelspec.thumbnail": picture}
+    save_edm(student, path, recipe.to_metadata() | shown)
 
 
 def _write_checkpoint(

@@ -6,9 +6,8 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from .best import Best, protected_checkpoints
 from .checkpoint import hand_over, num_bytes, tensors_of, write_state
 from .checkpoint_store import CheckpointStore
 from .config import Config
+from .data.class_folders import ClassData
 from .data.training_data import TrainingData
 from .distill import Batch, Distiller, Figures, Pairs
 from .distributed import largest, wait_for_all
@@ -48,15 +48,18 @@ class Trainer:
     """State of one run. The step counter is its only position: batch and noise derive from it."""
 
     def __init__(
-        self, *, config: Config, distiller: Distiller, data: TrainingData, accelerator: Accelerator
-    ) -> None:
+        self, *, config: Config, distiller: Distiller, data: TrainingData | ClassData,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
         self.config, self.distiller, self.data = config, distiller, data
         self.accelerator = accelerator
         student = distiller.unet.parameters_of(STUDENT)
         critic = distiller.unet.parameters_of(CRITIC)
         self.average = WeightAverage(student, config.training.ema_decay)
         self.student = self._update(
-            list(distiller.unet.role_state_dict(STUDENT)), [(student, config.student.learning_rate)]
+            list(distiller.unet.role_state_dict(STUDENT)),
+            [(student, config.student.learning_rate)],
+            config.training.betas,
         )
         head = dict(distiller.head.named_parameters())
         self.critic = self._update(
@@ -65,6 +68,7 @@ class Trainer:
                 (critic, config.critic.learning_rate),
                 (list(head.values()), config.gan.learning_rate),
             ],
+            config.critic.betas or config.training.betas,
         )
         self.validation = Validation(
             config=config,
@@ -85,16 +89,22 @@ class Trainer:
         self.pictured = None
         if config.export.thumbnail:  # encoded now: later the text encoders may be off the GPU
             self.pictured = thumbnail_condition(config, distiller.components, self.caption)
+        self.earlier: dict[str, Any] | None = None  # settings of the run that this one continues
         self.iteration = 0  # those done
         self.saved_iteration = 0
         self.seconds_training = 0.0
 
-    def _update(self, names: list[str], groups: list[tuple[list[nn.Parameter], float]]) -> Update:
+    def _update(
+        self,
+        names: list[str],
+        groups: list[tuple[list[nn.Parameter], float]],
+        betas: tuple[float, float],
+    ) -> Update:
         settings = self.config.training
         optimizer = build_optimizer(
             settings.optimizer,
             groups,
-            betas=settings.betas,
+            betas=betas,
             weight_decay=settings.weight_decay,
         )
         parameters = [p for group, _ in groups for p in group]
@@ -212,7 +222,7 @@ class Trainer:
             self.student.optimizer.state.clear()
         since = iteration - first_of_critic - critic.warmup_iterations
         updates_student = since >= 0 and since % critic.updates_per_generator == 0
-        distiller = replace(self.distiller, plan=self.plan_of(iteration))
+        distiller = self.distiller.at(self.plan_of(iteration))
         step = self.step_index(iteration)
         figures: Figures = {}
         parts: list[Figures] = []
@@ -227,6 +237,7 @@ class Trainer:
             consumed.append((sample.detached(), batch, draws))
         if updates_student:
             figures |= self._apply(self.student, "student", parts, iteration)
+            figures |= self.distiller.adversary.settle()
             if not self.student.skipped_in_a_row:
                 self.average.update()
         parts = []
@@ -250,8 +261,9 @@ class Trainer:
     def step_index(self, iteration: int) -> int:
         """Where backward simulation stops: the same on every rank and in every micro-batch."""
         generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
-        num_steps = len(self.plan_of(iteration).timesteps)
-        return int(torch.randint(num_steps, (), generator=generator))
+        low = 0 if self.distiller.anchor is None else 1  # the first step learns from it alone
+        high = len(self.plan_of(iteration).timesteps)
+        return int(torch.randint(low, high, (), generator=generator))
 
     def plan_of(self, iteration: int) -> StepPlan:
         """The steps that an iteration trains: the same on every rank and in every micro-batch."""
@@ -337,6 +349,7 @@ class Trainer:
                 path,
                 whole=path.with_name(CHECKPOINT_FILE),
                 iterations=self.iteration,
+                earlier=self.earlier,
                 pictured=self.pictured,
                 overwrite=True,
                 writes=self.accelerator.is_main_process,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .adversary import chosen_layers
 from .config import Config
+from .config_classes import has_classes
 from .models.components import Components
 from .models.precision import DTYPES, Precision, check_precision, import_bitsandbytes
 from .models.roles import CRITIC, STUDENT, FullSpec, LoraSpec, SharedUNet
@@ -39,8 +41,15 @@ def base_precision(config: Config, device: torch.device) -> Precision:
 def load_model(config: Config, device: torch.device | None = None) -> Components:
     """The model of `config.model` on the CPU, loaded for a base on `device` (None: the CPU).
 
-    Where a full copy will be trained, all of the file's precision is kept for it.
+    Where a full copy will be trained, all of the file's precision is kept for it. ValueError for a
+    model that is not of the kind, captions or classes, that `data.prompts` says.
     """
+    components = _load(config, device)
+    _check_kind(config, components)
+    return components
+
+
+def _load(config: Config, device: torch.device | None) -> Components:
     import_bitsandbytes()
     device = device or torch.device("cpu")
     precision = base_precision(config, device)
@@ -54,6 +63,21 @@ def load_model(config: Config, device: torch.device | None = None) -> Components
     full = "full" in (config.student.kind, config.critic.kind)
     dtype = torch.float32 if full else DTYPES[precision]
     return load_components(config.model.path, dtype=dtype, prediction=config.model.prediction)
+
+
+def _check_kind(config: Config, components: Components) -> None:
+    classes, side_px = has_classes(config), config.data.resolution_px
+    if classes != (components.kind == "edm"):
+        is_told, instead = ("captions", "those") if classes else ("classes", '"classes"')
+        raise ValueError(
+            f"data.prompts is {config.data.prompts!r}, but the model {config.model.path} is told "
+            f"{is_told}; set data.prompts to {instead}, or name another model."
+        )
+    if classes and side_px != components.side_px:
+        raise ValueError(
+            f"data.resolution_px is {side_px}, but the model {config.model.path} draws pictures of "
+            f"{components.side_px} px; set it to {components.side_px}."
+        )
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
@@ -79,7 +103,7 @@ def build_unet(
         else LoraSpec(rank=sections[role].rank, alpha=sections[role].alpha)
         for role in roles
     }
-    if config.student.kind == "full":
+    if config.student.kind == "full" and components.kind != "edm":
         from .models.saving import check_conventions
 
         check_conventions(components)  # it is exported as a single file, hours from now
@@ -102,6 +126,8 @@ def build_trainable_unet(
     """
     check_optimizer(config.training.optimizer)
     unet = build_unet(config, components, device)
+    if config.gan.enabled:
+        chosen_layers(config.gan, unet.layers)
     if warm and config.student.init is not None:
         warm_start(unet, config.student.init, components)
     if config.training.gradient_checkpointing:

@@ -25,6 +25,7 @@ BAR_FIGURES = {
     "loss/regression": "regression",
     "loss/critic": "critic",
     "loss/matching": "matching",
+    "loss/anchor": "anchor",
     "loss/gan_generator": "gan_g",
     "loss/gan_critic": "gan_d",
 }

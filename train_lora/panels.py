@@ -13,8 +13,8 @@ from dmd2_core import SeededNoise, add_noise, guided
 
 from .distill import Distiller
 from .distributed import shared_out
+from .models.class_condition import AnyCondition
 from .models.roles import CRITIC, TEACHER
-from .models.text import Condition
 
 COLUMNS = 4
 """Samples that are shown."""
@@ -30,13 +30,13 @@ def panel_timesteps(distiller: Distiller) -> list[int]:
 
 @torch.no_grad()
 def panel_rows(
-    distiller: Distiller, x0: Tensor, condition: Condition, *, seed: int, piece_rows: int
+    distiller: Distiller, x0: Tensor, condition: AnyCondition, *, seed: int, piece_rows: int
 ) -> list[tuple[str, Tensor]]:
     """(label, x0 (B, 4, H/8, W/8) on the CPU) of the sample itself and, for each timestep, of the
     teacher, guided as in training, and of the critic. In all processes, which share the work
     (`piece_rows` samples at a time); the noise is a function of `seed`."""
-    timesteps, device = panel_timesteps(distiller), condition.hidden.device
-    score = guided(distiller.denoiser, distiller.config.distribution_matching.guidance)
+    timesteps, device = panel_timesteps(distiller), condition.device
+    score = guided(distiller.denoiser, distiller.config.distribution_matching.guidance_scale)
 
     def seen(piece: tuple[int, slice, slice]) -> Tensor:
         """By teacher and critic: (2, b, 4, H/8, W/8)."""

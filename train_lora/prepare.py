@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
+from .config_classes import has_classes
 from .data import cache
 from .data.encode import PROMPTS, Unit, digest, prompt_units, with_text
 from .data.freshness import SOURCES, source_stamps
@@ -35,12 +36,17 @@ def prepare(config: Config, *, strict: bool = False) -> Path:
 
     `strict`: samples that cannot be used are an error, after everything else was encoded.
     """
-    if config.data.cache is None:
-        raise ValueError("data.cache is not set; name the folder to fill: --data.cache DIR.")
+    if has_classes(config):
+        raise ValueError(
+            'There is nothing to prepare: data.prompts is "classes", and pictures of classes are '
+            "read from their files when they are needed."
+        )
     if config.data.text == "online" and not config.needs_real_images:
         raise ValueError(
             'There is nothing to prepare: data.text is "online", and the run takes no real images.'
         )
+    if config.data.cache is None:
+        raise ValueError("data.cache is not set; name the folder to fill: --data.cache DIR.")
     cache.read_manifest(Path(config.data.cache))
     captions = read_training_prompts(config)
     check_sources(config)

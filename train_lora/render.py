@@ -173,7 +173,7 @@ def _draw(
     from .data.encode import encode_captions
 
     role = TEACHER if request.lora is None else STUDENT
-    size_px = request.size_px or LATENT_PX * int(components.unet.config["sample_size"])
+    size_px = request.size_px or components.side_px
     captions, rows = request.captions, rows_at_once(size_px, size_px)
     # The same pieces whoever draws them and whatever is there: last bits depend on the batch.
     runs = [range(i, min(i + rows, len(captions))) for i in range(0, len(captions), rows)]
@@ -203,8 +203,11 @@ def _load(request: RenderRequest, device: torch.device) -> Components:
 def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, Recipe]:
     """The model in its roles, and how the one that draws is sampled.
 
-    Teacher: DDIM. Student: as `family` says, else as its file does, with other steps if wanted.
+    Teacher: DDIM. Student: as `family` says, else as its file does, with other steps if wanted. An
+    EDM student is a model of its own.
     """
+    if components.kind == "edm":
+        return SharedUNet(components.unet, {}, seed=0), _recipe_of_edm(request, components)
     if request.lora is None:
         plan = StepPlan.evenly(request.steps or TEACHER_STEPS)
         return SharedUNet(components.unet, {}, seed=0), Recipe(timesteps=plan.timesteps, strength=0)
@@ -234,6 +237,18 @@ def _not_trained(request: RenderRequest, recipe: Recipe) -> str:
     if recipe.trained_steps is not None:
         trained = "for {} to {} steps".format(*recipe.trained_steps)
     return f"--lora {request.lora!r} was trained {trained}, and draws in {request.steps} steps"
+
+
+def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
+    """As the file says (a student), else DDIM, which other steps than the file's are as well."""
+    if request.lora is not None or request.guidance != 1:
+        raise ValueError(
+            f"{request.model} is an EDM network, which takes no LoRA and no guidance; leave --lora "
+            "out, and give --guidance 1."
+        )
+    if components.recipe is not None and request.steps is None:
+        return components.recipe
+    return Recipe(timesteps=StepPlan.evenly(request.steps or TEACHER_STEPS).timesteps, strength=0)
 
 
 def _write_picture(path: Path, image: torch.Tensor) -> None:

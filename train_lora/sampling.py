@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from dmd2_core import (
 )
 
 from .config import Config
+from .models.class_condition import AnyCondition
 from .models.components import Components
 from .models.placement import placed
 from .models.roles import SharedUNet
-from .models.text import LATENT_PX, Condition
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +61,7 @@ def sample_latents(
     unet: SharedUNet,
     role: str,
     components: Components,
-    condition: Condition,
+    condition: AnyCondition,
     plan: StepPlan,
     *,
     seed: int,
@@ -73,7 +77,7 @@ def sample_latents(
     Large pictures are drawn one after the other.
     """
     _, _, height, width = condition.latent_shape()
-    rows = rows_at_once(LATENT_PX * height, LATENT_PX * width)
+    rows = rows_at_once(components.latent_px * height, components.latent_px * width)
     if len(condition) > rows:
         parts = [
             sample_latents(
@@ -84,7 +88,7 @@ def sample_latents(
         ]  # fmt: skip
         return torch.cat(parts)
     eps = initial_noise(condition.latent_shape(), seed, first_index=first_index)
-    eps = eps.to(condition.hidden.device)
+    eps = eps.to(condition.device)
     unconditional = components.unconditional(condition)
     denoise = guided(Denoiser(unet, components.schedule, components.prediction), guidance)
     with unet.role(role):
@@ -116,11 +120,18 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
 
 def _decoded(components: Components, latents: Tensor) -> Tensor:
     vae = components.vae
-    rows = vae_rows(LATENT_PX * latents.shape[2], LATENT_PX * latents.shape[3])
-    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).split(rows)
+    cell_px = components.latent_px
+    rows = vae_rows(cell_px * latents.shape[2], cell_px * latents.shape[3])
     with placed(vae, latents.device):
-        images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
-    return images.float().clamp(-1, 1)
+        images = torch.cat([decode_rows(vae, chunk) for chunk in latents.split(rows)])
+    return images.clamp(-1, 1)
+
+
+def decode_rows(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    """All rows at once, on the latents' device, with gradients: images float32, not clamped."""
+    unscaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    images: Tensor = vae.decode(unscaled, return_dict=False)[0]
+    return images.float()
 
 
 @torch.no_grad()

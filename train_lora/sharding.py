@@ -56,17 +56,19 @@ def shard_copies(unet: SharedUNet, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    from .models.edm_unet import ResidualBlock
+
+    kinds = BasicTransformerBlock | ResnetBlock2D | ResidualBlock
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for role in unet.copies:
         passes = unet.passes_of(role)
-        blocks = [
-            m for m in passes.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)
-        ]
+        blocks = [m for m in passes.modules() if isinstance(m, kinds)]
         for module in (*blocks, passes):
             # By default the outermost module keeps its weights gathered after a pass without
             # gradients, and would go on with them after an update.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        register_fsdp_forward_method(passes, "features")
+        for name in passes.METHODS:
+            register_fsdp_forward_method(passes, name)
     unet.needs_all_processes = True
 
 

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dmd2_core import MiddleBlockHead, derived_generator
+from dmd2_core import derived_generator
 
+from .adversary import build_head
 from .checkpoint import check_config, read_state, restore
 from .checkpoint_store import complete_at, newest_complete, write_text
 from .config import Config
+from .config_classes import has_classes
 from .config_text import to_toml
 from .data.cache import CACHE, PAIRS
+from .data.class_folders import ClassData
 from .data.freshness import changed_sources
 from .data.training_data import TrainingData, load_training_data
 from .distill import Distiller
@@ -26,17 +29,19 @@ from .distributed import (
     telling_of_lost_processes,
     wait_for_all,
 )
+from .finish import CHECKPOINT_FILE
 from .inputs import check_inputs
 from .loop import HEAD_STREAM, Trainer
 from .model_setup import build_trainable_unet, load_model
 from .models.components import Components
 from .models.placement import place, place_encoders, release_encoders
 from .models.roles import SharedUNet
-from .models.text import LATENT_PX
 from .output import CHECKPOINTS, check_output_directory
+from .regression_losses import regression_loss_of
 from .rewind import set_aside
 from .sampling import step_plan
 from .sharding import check_sharding
+from .stages import check_base, checkpoint_to_continue, continue_from
 from .trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -49,11 +54,18 @@ log = logging.getLogger(__name__)
 LORA_FILE, CONFIG_FILE = "lora.safetensors", "config.toml"
 
 
+def result_file(config: Config) -> Path:
+    """What a finished run has exported: the LoRA, or, beside a teacher of classes, the student."""
+    name = CHECKPOINT_FILE if has_classes(config) else LORA_FILE
+    return Path(config.output.directory) / name
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
     """What a finished run leaves."""
 
     lora: Path
+    """Or, beside a teacher of classes, the whole student."""
     seconds: float
     """Time spent in iterations, without loading, validation and export."""
 
@@ -90,9 +102,9 @@ def resume(config: Config, *, iteration: int | None = None) -> TrainResult:
     checkpoint = run / CHECKPOINTS / f"{largest(chosen, accelerator.device):06d}"
     state = read_state(checkpoint)
     check_config(state, config, run)
-    if state["iteration"] == config.training.iterations and (run / LORA_FILE).exists():
+    if state["iteration"] == config.training.iterations and result_file(config).exists():
         raise ValueError(
-            f"The run in {run} is complete: {run / LORA_FILE} has its {state['iteration']} "
+            f"The run in {run} is complete: {result_file(config)} has its {state['iteration']} "
             "iterations. Set --training.iterations higher to train on."
         )
     return _train(config, accelerator, checkpoint, goes_back=iteration is not None)
@@ -114,8 +126,11 @@ def _train(
     check_inputs(config, warm=checkpoint is None)
     if accelerator.is_main_process:
         _check_freshness(config, resumed=checkpoint is not None)
+    start = None if checkpoint is not None else checkpoint_to_continue(config, accelerator)
     log.info("loading the model %s", config.model.path)
     components = load_model(config, accelerator.device)
+    if start is not None:
+        check_base(start, components)
     unet = build_trainable_unet(  # before data is read for nothing
         config, components, accelerator.device, warm=checkpoint is None
     )
@@ -126,6 +141,8 @@ def _train(
     )
     trainer = build_trainer(config, components, data, accelerator, unet)
     release_encoders(components, text=not data.needs_text_encoders)
+    if start is not None:
+        continue_from(trainer, start)
     if checkpoint is not None:
         restore(trainer, checkpoint, read_state(checkpoint))
         log.info("going on from %s", checkpoint)
@@ -138,7 +155,7 @@ def _train(
     trainer.export(directory / LORA_FILE)
     wait_for_all(accelerator.device)
     leave_processes()
-    return TrainResult(lora=directory / LORA_FILE, seconds=trainer.seconds_training)
+    return TrainResult(lora=result_file(config), seconds=trainer.seconds_training)
 
 
 def _check_freshness(config: Config, *, resumed: bool) -> None:
@@ -159,7 +176,7 @@ def _check_freshness(config: Config, *, resumed: bool) -> None:
 def build_trainer(
     config: Config,
     components: Components,
-    data: TrainingData,
+    data: TrainingData | ClassData,
     accelerator: Accelerator,
     unet: SharedUNet | None = None,
 ) -> Trainer:
@@ -168,16 +185,15 @@ def build_trainer(
     unet.to(accelerator.device)
     head: nn.Module = nn.Identity()  # without a GAN nothing calls it
     if config.gan.enabled:
-        head = MiddleBlockHead(
-            unet.feature_channels,
-            config.data.resolution_px // LATENT_PX // unet.feature_downscale,
-            generator=derived_generator(config.training.seed, HEAD_STREAM),
-        )
+        generator = derived_generator(config.training.seed, HEAD_STREAM)
+        side = config.data.resolution_px // components.latent_px
+        head = build_head(config.gan, unet, side, generator)
     distiller = Distiller(
         unet=unet,
         head=head.to(accelerator.device),
         components=components,
         plan=step_plan(config),
         config=config,
+        regression=regression_loss_of(config, components, accelerator.device),
     )
     return Trainer(config=config, distiller=distiller, data=data, accelerator=accelerator)

@@ -27,7 +27,6 @@ from .metrics.diversity import diversity
 from .metrics.looks import energy_distance, looks, ratio, statistics_distance, thumbnails
 from .models.roles import STUDENT, TEACHER
 from .models.safetensors_io import read_safetensors, write_safetensors
-from .models.text import LATENT_PX
 from .panels import COLUMNS, panel_rows
 from .pictures import labelled_grid
 from .sampling import TEACHER_STEPS, decode_latents, rows_at_once, sample_latents
@@ -132,7 +131,7 @@ class Validation:
             return
         file = Path(self.config.output.directory) / TEACHER_FILE
         kept = self._kept(file) if self.is_main_process else None
-        if largest(int(kept is not None), self.condition.hidden.device) == 0:
+        if largest(int(kept is not None), self.condition.device) == 0:
             guidance = self.config.distribution_matching.guidance
             plan = StepPlan.evenly(TEACHER_STEPS)
             kept = self._draw(TEACHER, plan, guidance=guidance, strength=0.0)
@@ -164,7 +163,7 @@ class Validation:
             )  # fmt: skip
 
         pieces = [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
-        into = torch.zeros(self.condition.latent_shape(), device=self.condition.hidden.device)
+        into = torch.zeros(self.condition.latent_shape(), device=self.condition.device)
         return shared_out(pieces, draw, into, together=unet.needs_all_processes).cpu()
 
     @property
@@ -172,11 +171,12 @@ class Validation:
         """How many pictures a process makes together, whatever the number of processes: the last
         bits depend on it."""
         _, _, height, width = self.condition.latent_shape()
-        return rows_at_once(LATENT_PX * height, LATENT_PX * width)
+        cell_px = self.distiller.components.latent_px
+        return rows_at_once(cell_px * height, cell_px * width)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] on the CPU."""
-        device = self.condition.hidden.device
+        device = self.condition.device
         return decode_latents(self.distiller.components, latents.to(device)).cpu()
 
     def _measured(self, latents: Tensor) -> _Drawn:

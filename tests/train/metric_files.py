@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from diffusers import AutoencoderTiny
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -38,6 +39,55 @@ def alexnet_file(folder: Path) -> Path:
     }
     torch.save(weights, path)
     return path
+
+
+def latent_lpips_file(
+    folder: Path, channels: int = 4, widths: tuple[int, ...] = (8, 8, 12, 16, 16)
+) -> Path:
+    """As the elatentlpips project names a LatentLPIPS' tensors; its own widths are VGG16's."""
+    path = folder / "sdxl_latest_vgg16_tuned.pth"
+    generator = torch.Generator().manual_seed(0)
+    places, before = iter((0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)), channels
+    weights: dict[str, torch.Tensor] = {}
+    for number, width in enumerate(widths):
+        for _ in range(2 if number < 2 else 3):
+            place, stage = next(places), f"net.slice{number + 1}"
+            deviation = (2 / (9 * before)) ** 0.5  # keeps the signal's size
+            kernel = torch.randn(width, before, 3, 3, generator=generator) * deviation
+            weights |= {
+                f"{stage}.{place}.weight": kernel,
+                f"{stage}.{place}.bias": kernel[:, 0, 0, 0],
+            }
+            normalisation = {
+                "weight": 1 + 0.1 * kernel[:, 0, 0, 1],
+                "bias": 0.1 * kernel[:, 0, 0, 2],
+                "running_mean": 0.1 * kernel[:, 0, 1, 0],
+                "running_var": 1 + 0.1 * kernel[:, 0, 1, 1].abs(),
+                "num_batches_tracked": torch.tensor(7),
+            }
+            weights |= {f"{stage}.{place + 1}.{n}": t for n, t in normalisation.items()}
+            before = width
+        row = torch.rand(1, width, 1, 1, generator=generator)
+        weights |= {f"lin{number}.model.1.weight": row, f"lins.{number}.model.1.weight": row}
+    torch.save(weights, path)
+    return path
+
+
+def tiny_vae_folder(folder: Path, channels: int = 4, width: int = 8) -> Path:
+    """diffusers' AutoencoderTiny with random weights, as it saves it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(width,) * 4,
+            decoder_block_out_channels=(width,) * 4,
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+            latent_channels=channels,
+        )
+        for weight in vae.decoder.parameters():  # else all pictures are nearly one
+            weight.data.mul_(2)
+    vae.save_pretrained(folder)
+    return folder
 
 
 def clip_folder(folder: Path) -> Path:

@@ -26,6 +26,7 @@ from tests.train.picture_files import (
     tar_folder,
 )
 from tests.train.tiny import student_file
+from tests.train.tiny_edm import SIDE_PX, class_folder, write_teacher
 from tests.train.tiny_sd15 import random_sd15
 from train_lora.demo.teacher import load_teacher
 from train_lora.models.saving import save_diffusers_folder, save_single_file
@@ -68,6 +69,8 @@ RECIPES = {
             "data.size_ids": "image",
             "data.min_size_px": 96,
             "data.skip_small_buckets": "true",
+            "gan.features": "teacher",
+            "gan.layers": "all",
             "student.rank": 32,  # states of 4096 numbers and more are in 8 bits
             "validation.every": 1,
             "validation.num_prompts": 1,
@@ -88,6 +91,8 @@ RECIPES = {
             "critic.kind": "full",
             "critic.rank": None,
             "critic.alpha": None,
+            "gan.layers": "down1,middle",
+            "gan.shared_draw": "true",
             "sampling.steps": None,
             "sampling.timesteps": "[999, 600]",
             "training.mixed_precision": "no",
@@ -106,6 +111,12 @@ RECIPES = {
             "data.real_images": "{}/metadata",
             "student.init": "{}/few.safetensors",
             "critic.loss_space": "velocity",
+            "gan.r1_weight": 100.0,
+            "gan.r1_noise": 0.1,
+            "distribution_matching.divergence": "jensen-shannon",
+            "critic.betas": "[0, 0.99]",
+            "distribution_matching.guidance_timesteps": "above",
+            "distribution_matching.guidance_weight": 0.5,
             "export.thumbnail": "false",
         },
     ),
@@ -137,12 +148,15 @@ RECIPES = {
             "data.prompts": "{}/prompts.txt",
             "data.real_images": "{}/rows",
             "data.caption_column": "caption",
+            "diversity_anchor.weight": 0.05,
+            "diversity_anchor.timestep": 499,
+            "diversity_anchor.teacher_steps": 2,
             "data.image_column": "image",
             "sampling.random_steps": "[2, 6]",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage2",
         timesteps=(999,),
         conditioning_timestep=399,
         settings={
@@ -151,6 +165,7 @@ RECIPES = {
             "data.real_images": "teacher",
             "data.teacher_images": 2,
             "data.resolution_px": 256,
+            "training.continue_from": "none",  # test_stages.py: from a run
             "training.batch_size": 1,
             "training.mixed_precision": "no",
             "training.gradient_checkpointing": "false",
@@ -158,7 +173,7 @@ RECIPES = {
         },
     ),
     "SD1.5 folder, full student, without GAN": Recipe(
-        preset="sd15-1step",
+        preset="sd15-1step-stage1",
         # Sharded, gradients meet at the skip connections in another order: 1e-6 in float32,
         # thousands of times that in bf16.
         tolerance=3e-3,
@@ -170,13 +185,47 @@ RECIPES = {
             "data.real_images": None,
             "data.resolution_px": 128,
             "data.sizes": '["128x128", "160x96"]',
-            "gan.enabled": "false",
             "student.kind": "full",
             "student.alpha": None,
             "model.base_precision": "bf16",
         },
     ),
 }
+
+OF_CLASSES = {
+    "model.path": "{}/edm.safetensors",
+    "data.resolution_px": SIDE_PX,
+    "student.rank": None,
+    "critic.rank": None,
+}
+IN_BF16 = 3e-3  # as of the other sharded student
+RECIPES["EDM of classes"] = Recipe(
+    preset="imagenet64",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES | {"data.real_images": "{}/classes", "data.min_size_px": 4},
+)
+RECIPES["EDM of classes, all layers"] = Recipe(
+    preset="imagenet64-long-stage2",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES
+    | {
+        "data.real_images": "{}/classes",
+        "gan.layers": '["all"]',
+        "gan.shared_draw": "true",
+        "training.continue_from": "none",  # test_imagenet.py: from a run
+    },
+)
+RECIPES["EDM of classes, without GAN"] = Recipe(
+    preset="imagenet64-long-stage1",
+    prediction="sample",
+    timesteps=(999,),
+    tolerance=IN_BF16,
+    settings=OF_CLASSES | {"validation.every": 1, "validation.num_prompts": 2},
+)
 
 
 def write_inputs(folder: Path) -> Path:
@@ -200,6 +249,8 @@ def write_inputs(folder: Path) -> Path:
     captioned_folder(folder / "folder", SQUARE + WIDE + [(90, 90)])
     metadata_folder(folder / "metadata", 4)
     tar_folder(folder / "tars", 4)
+    write_teacher(folder / "edm.safetensors", iterations=5)
+    class_folder(folder / "classes")
     return folder
 
 

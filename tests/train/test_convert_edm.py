@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from train_lora.convert_edm import main
+from train_lora.cli import main
 from train_lora.models.edm_network import EDMNetwork, load_edm
 from train_lora.models.edm_unet import EDMConfig
 
@@ -116,7 +116,7 @@ def test_a_published_pickle_gives_the_same_network(network, publish, tmp_path, c
     source = publish({"ema": as_published(network), "loss_fn": Published()})
     out = tmp_path / "edm.safetensors"
     assert b"torch_utils.persistence" in source.read_bytes()
-    assert main([str(source), str(out)]) == 0
+    assert main(["convert-edm", str(source), str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 8 px, 3 classes\n"
     written = load_file(out)
     assert written.keys() == network.state_dict().keys()  # the constant filters are left out
@@ -227,14 +227,14 @@ def test_files_that_cannot_be_used_are_named(tmp_path, capsys) -> None:
     refused(source, out, r"No such file or directory: .*edm\.pkl", capsys)
     refused(source, tmp_path / "edm.bin", "does not end in .safetensors", capsys)
     out.write_bytes(b"mine")
-    assert main([str(source), str(out)]) == 2
+    assert main(["convert-edm", str(source), str(out)]) == 2
     assert "exists: name another file" in capsys.readouterr().err
     assert out.read_bytes() == b"mine"
 
 
 def refused(source: Path, out: Path, message: str, capsys: Any) -> None:
     """Exit code 2, one sentence, no file."""
-    assert main([str(source), str(out)]) == 2
+    assert main(["convert-edm", str(source), str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1

@@ -86,7 +86,7 @@ def test_generator_gradient_equals_one_graph_through_separate_networks(
     matching = (sample * (fake - real) / weight).sum() / sample.numel()
     t = random_timesteps(0, 999, sample, draws)
     x_t = add_noise(schedule, sample, randn_like(sample, draws), t)
-    logits = reference.head(critic_copy.features(x_t, t, condition))
+    logits = reference.head(*critic_copy.features(x_t, t, condition))
     gan = torch.nn.functional.softplus(-logits).mean()
     expected = torch.autograd.grad(
         matching + reference.config.gan.generator_weight * gan,

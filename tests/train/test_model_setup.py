@@ -227,7 +227,7 @@ def test_checkpointing_covers_the_gan_passes_with_equal_gradients(tmp_path: Path
         block = distiller.unet.unet.mid_block.attentions[0].transformer_blocks[0]
         hook = block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with distiller.unet.role(CRITIC):
-            distiller._logits(sample.x0.detach(), sample.condition, draws).sum().backward()
+            distiller.adversary.logits(sample.x0.detach(), sample.condition, draws).sum().backward()
         hook.remove()
         assert len(calls) == (2 if recompute == "true" else 1)
     assert all(map(torch.equal, *results))

@@ -213,7 +213,7 @@ def test_it_trains_with_every_loss_and_exports(model: Components, tmp_path: Path
         validation__every=0,
     )
     trainer = build_trainer(config, model, sd15_data(), Accelerator(cpu=True))
-    assert trainer.distiller.unet.feature_downscale == 8
+    assert trainer.distiller.unet.layers["middle"].downscale == 8
     before = [p.detach().clone() for p in trainer.distiller.unet.parameters_of(STUDENT)]
     figures = trainer.iterate(0)
     assert {"loss/matching", "loss/gan_generator", "loss/critic", "loss/gan_critic"} <= set(figures)

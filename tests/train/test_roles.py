@@ -158,10 +158,10 @@ def test_a_switch_between_forward_and_backward_is_harmless(shared, make_inputs):
     assert all(map(torch.equal, gradients(shared, STUDENT), expected))
 
 
-@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("door", ["forward", "features", "with_features"])
 @pytest.mark.parametrize("during_backward", [STUDENT, CRITIC, TEACHER])
 def test_checkpointing_recomputes_in_the_role_of_the_forward(
-    shared, make_inputs, features, during_backward
+    shared, make_inputs, door, during_backward
 ):
     x_t, t, condition = make_inputs()
     results = []
@@ -170,8 +170,14 @@ def test_checkpointing_recomputes_in_the_role_of_the_forward(
             shared.enable_gradient_checkpointing()
         sample = x_t.clone().requires_grad_()
         with shared.role(STUDENT):
-            call = shared.features if features else shared
-            loss = call(sample, t, condition).square().mean()
+            if door == "forward":
+                found = [shared(sample, t, condition)]
+            elif door == "features":
+                found = shared.features(sample, t, condition, ("down1", "middle"))
+            else:
+                output, maps = shared.with_features(sample, t, condition, ("down1", "middle"))
+                found = [output, *maps]
+            loss = torch.cat([part.flatten() for part in found]).square().mean()
         with shared.role(during_backward):
             loss.backward()
             assert shared.active_role == during_backward
@@ -197,19 +203,35 @@ def test_checkpointing_recomputes_twice(shared, make_inputs):
 
 
 @pytest.mark.parametrize("role", [TEACHER, STUDENT, CRITIC])
-def test_features_are_the_middle_blocks_output_and_no_decoder_runs(shared, make_inputs, role):
+def test_features_are_the_blocks_outputs_and_no_decoder_runs(shared, make_inputs, role):
     inputs = make_inputs()
-    middle, ran = [], []
+    made, ran = {}, []
+    blocks = dict(zip(("down1", "down2", "down3"), shared.unet.down_blocks, strict=True))
+    blocks["middle"] = shared.unet.mid_block
     with ExitStack() as stack, torch.no_grad(), shared.role(role):
-        hook = shared.unet.mid_block.register_forward_hook(lambda m, a, out: middle.append(out))
-        shared(*inputs)
-        hook.remove()
+        hooks = [
+            block.register_forward_hook(lambda m, a, out, name=name: made.update({name: out}))
+            for name, block in blocks.items()
+        ]
+        output = shared(*inputs)
+        for hook in hooks:
+            hook.remove()
+        both = shared.with_features(*inputs, ("middle", "down1"))
         for block in (*shared.unet.up_blocks, shared.unet.conv_out):
             stack.callback(block.register_forward_hook(lambda *_: ran.append(1)).remove)
-        found = shared.features(*inputs)
-    assert torch.equal(found, middle[0])
-    assert found.shape == (2, shared.feature_channels, 4, 4)
+        (middle,) = shared.features(*inputs)
+        found = shared.features(*inputs, tuple(shared.layers))
+    assert torch.equal(middle, made["middle"])
+    for name, feature_map in zip(shared.layers, found, strict=True):
+        made_map = made[name] if name == "middle" else made[name][0]
+        assert torch.equal(feature_map, made_map)
+        channels, downscale = shared.layers[name]
+        assert feature_map.shape == (2, channels, 16 // downscale, 16 // downscale)
+    assert list(shared.layers) == ["down1", "down2", "down3", "middle"]
     assert not ran
+    assert torch.equal(both[0], output)
+    assert torch.equal(both[1][0], made["middle"])
+    assert torch.equal(both[1][1], made["down1"][0])
 
 
 # Weights
@@ -240,7 +262,7 @@ def test_adapters_are_float32_on_a_bfloat16_base(components, make_inputs):
     randomise(shared)
     with shared.role(STUDENT):
         output = shared(*make_inputs())
-        assert shared.features(*make_inputs()).dtype == torch.float32
+        assert shared.features(*make_inputs())[0].dtype == torch.float32
     assert output.dtype == torch.float32
     output.square().mean().backward()
     for weight in shared.parameters_of(STUDENT):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmd2_core import MiddleBlockHead, Recipe, StepPlan, VPSchedule
+from dmd2_core import Recipe, StepPlan, VPSchedule
+from train_lora.adversary import build_head
 from train_lora.config import Config
 from train_lora.config_load import load
 from train_lora.data.training_data import TrainingData
@@ -83,7 +84,7 @@ def random_distiller(config: Config, seed: int = 0) -> Distiller:
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return Distiller(
         unet=unet,
-        head=MiddleBlockHead(unet.feature_channels, 4, generator=generator),
+        head=build_head(config.gan, unet, 16, generator),
         components=components,
         plan=StepPlan.evenly(4),
         config=config,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import unfold
 
-from dmd2_core import VPSchedule
+from dmd2_core import VPSchedule, add_noise, coefficients
 from train_lora.data.training_data import TrainingData
 from train_lora.demo import architecture
 from train_lora.distill import RealImages
 from train_lora.models import sd15_config
 from train_lora.models.components import Components
 from train_lora.models.fingerprint import unet_hash
-from train_lora.models.text import Condition, encoded, size_ids
+from train_lora.models.text import Condition, encode_prompts, encoded, size_ids
 from train_lora.models.tokenizer import build_tokenizers
 
 WIDTH = 32
@@ -24,18 +26,25 @@ UNET_CONFIG: dict[str, Any] = sd15_config.UNET | {
     "cross_attention_dim": WIDTH,
     "norm_num_groups": architecture.NORM_GROUPS,
 }
+SHALLOW: dict[str, Any] = {
+    "block_out_channels": (32, 32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+"""With a level less, so that pictures of 128 px suffice for the discriminator."""
 VAE_CONFIG: dict[str, Any] = architecture.VAE_CONFIG | {
     "scaling_factor": sd15_config.LATENT_SCALE,
     "sample_size": 256,
 }
 
 
-def random_sd15(seed: int = 0) -> Components:
+def random_sd15(seed: int = 0, **structure: Any) -> Components:
+    """`structure`: of the UNet, in place of `UNET_CONFIG`'s."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet, vae = UNet2DConditionModel(**UNET_CONFIG), AutoencoderKL(**VAE_CONFIG)
+        unet, vae = UNet2DConditionModel(**UNET_CONFIG | structure), AutoencoderKL(**VAE_CONFIG)
         encoder, _ = architecture.build_text_encoders()
         for network in (unet, vae, encoder):
             network.requires_grad_(False).eval()
@@ -55,6 +64,40 @@ def random_sd15(seed: int = 0) -> Components:
         name="tiny15",
         empty_prompt=encoded("sd15", [encoder], tokenizers, [""])[0],
     )
+
+
+DRAWN_MEAN = (1.2, -0.8, 0.5, -1.0)
+DRAWN_DEVIATION = 0.3
+
+
+@torch.no_grad()
+def drawing_sd15(side_px: int = 128) -> Components:
+    """One that has learnt something: latents of `DRAWN_MEAN`, for v, whatever the caption.
+
+    The last layer alone is fitted, by least squares: random features suffice for so little.
+    """
+    model, count, cells = random_sd15(**SHALLOW), 48, side_px // 8
+    generator = torch.Generator().manual_seed(7)
+    captions = ["a red ring", "a green star", "a blue ring", ""] * (count // 4)
+    condition = encode_prompts(model, captions, side_px, side_px)
+    noise = torch.randn(2, count, 4, cells, cells, generator=generator)
+    x0 = torch.tensor(DRAWN_MEAN).view(1, 4, 1, 1) + DRAWN_DEVIATION * noise[0]
+    t = torch.linspace(0, 999, count).long()[torch.randperm(count, generator=generator)]
+    x_t = add_noise(model.schedule, x0, noise[1], t)
+    alpha, sigma = coefficients(model.schedule, t, x_t)
+    seen: list[torch.Tensor] = []
+    last = model.unet.conv_out
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.unet(x_t, t, condition.hidden)
+    hook.remove()
+    features = unfold(seen[0], 3, padding=1).transpose(1, 2).flatten(0, 1)
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
+    targets = (alpha * noise[1] - sigma * x0).permute(0, 2, 3, 1).reshape(-1, 4).double()
+    ridge = 1e-5 * len(features) * torch.eye(features.shape[1], dtype=torch.float64)
+    fitted = torch.linalg.solve(features.T @ features + ridge, features.T @ targets)
+    last.weight.copy_(fitted[:-1].T.reshape(last.weight.shape))
+    last.bias.copy_(fitted[-1])
+    return replace(model, prediction="v", base_hash=unet_hash(model.unet))
 
 
 def sd15_condition(count: int, generator: torch.Generator, side_px: int = 256) -> Condition:

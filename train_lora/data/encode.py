@@ -17,7 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..models.class_condition import AnyCondition
 from ..models.components import Components
+from ..models.edm_teacher import encode_classes
 from ..models.text import Condition, encode_prompts
 from ..sampling import encode_images, vae_rows
 from .images import Pixels, fit
@@ -62,8 +64,11 @@ class Unit:
 
 def encode_captions(
     components: Components, captions: Sequence[str], resolution_px: int, chunk: int = 128
-) -> Condition:
-    """`encode_prompts` in chunks; each distinct caption is encoded once."""
+) -> AnyCondition:
+    """`encode_prompts` in chunks; each distinct caption is encoded once. Of a model of classes the
+    captions are their numbers."""
+    if components.kind == "edm":
+        return encode_classes(components, captions, resolution_px)
     distinct = list(dict.fromkeys(captions))
     encoded = Condition.cat(
         [

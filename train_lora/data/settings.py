@@ -8,6 +8,9 @@ from typing import ClassVar, Literal
 from ..config_section import Section, number, show_value
 from .sizes import Size, grid_px
 
+CLASSES = "classes"
+"""`data.prompts` beside a teacher that is told class labels."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Section):
@@ -16,13 +19,15 @@ class DataConfig(Section):
     prompts: str
     """Training captions: a .txt file with one on each line, a .jsonl, .csv or .parquet file, a
     folder that datasets.save_to_disk wrote, hub:OWNER/NAME for a dataset of the Hugging Face hub,
-    or "demo" for those of drawn scenes."""
+    or "demo" for those of drawn scenes. "classes" beside an EDM teacher (docs/imagenet.md), which
+    is told class numbers."""
 
     real_images: str | None = None
     """Real images for the GAN loss: a folder of pictures with .txt captions beside them or with a
     metadata.jsonl, WebDataset .tar files, .parquet files, a folder that datasets.save_to_disk
     wrote, hub:OWNER/NAME, "teacher" to make them with the teacher, or "demo" for drawn scenes.
-    Needed unless the GAN is off and backward simulation is on."""
+    With `prompts` "classes": a folder with a folder of pictures for each class. Needed unless the
+    GAN is off and backward simulation is on."""
 
     prompt_column: str | None = None
     """Column of `prompts` that holds the caption; "none": text, caption or prompt, the first
@@ -40,9 +45,9 @@ class DataConfig(Section):
     stream: bool = False
     """Whether a dataset of the hub is read while it downloads, without a copy on disk."""
 
-    resolution_px: int = number(1024, low=64, high=4096)
+    resolution_px: int = number(1024, low=8, high=4096)
     """Width and height of the square picture that the model is made for, a multiple of 64; with
-    the GAN a power of two from 128 on."""
+    the GAN a power of two from 128 on. Of an EDM teacher, its own: 64 for ImageNet."""
 
     sizes: tuple[str, ...] = ()
     """Buckets: the sizes, as WIDTHxHEIGHT, that real images are sorted into by aspect ratio; empty:
@@ -74,7 +79,7 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
-        if self.resolution_px % 64:
+        if self.resolution_px % 64 and self.prompts != CLASSES:
             nearest = max(64, round(self.resolution_px / 64) * 64)
             raise ValueError(
                 f"data.resolution_px is {self.resolution_px}; set it to a multiple of 64, "

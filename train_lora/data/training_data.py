@@ -13,11 +13,13 @@ from torch import Tensor
 from dmd2_core import derived_seed
 
 from ..config import Config
+from ..config_classes import has_classes
 from ..distill import Batch, Pairs, RealImages
 from ..models.components import Components
 from ..models.roles import SharedUNet
 from ..models.text import LATENT_PX, Condition, encode_prompts, size_ids
 from .cache import open_cache, open_pairs
+from .class_folders import ClassData, load_class_data
 from .demo_data import DEMO, check_demo_size, demo_captions, demo_samples
 from .encode import Part, Unit, encode_captions, picture_units, text_columns
 from .order import PAIR_STREAM, SampleOrder, shuffled_indices
@@ -158,13 +160,16 @@ def load_training_data(
     *,
     num_processes: int = 1,
     teacher: SharedUNet | None = None,
-) -> TrainingData:
+) -> TrainingData | ClassData:
     """Read, check and, without a cache, encode what `config.data` names.
 
     `teacher`: what draws the images of `real_images = "teacher"`; None: `components.unet` alone.
     ValueError for what cannot be used: unlike `dmd2 prepare`, this stops at the first bad sample.
     """
     settings, training = config.data, config.training
+    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
+    if has_classes(config):
+        return load_class_data(config, components, per_step)
     if settings.cache is None:
         check_sources(config)
     pairs = open_pairs(config, components) if config.needs_pairs else None
@@ -180,7 +185,6 @@ def load_training_data(
         )  # fmt: skip
         if config.needs_real_images:
             tables.update(_pictures(config, components, captions, teacher))
-    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
     if config.needs_real_images:
         tables = _large_enough(tables, per_step, skip=settings.skip_small_buckets)
         buckets = [Bucket(size=size, images=tables[size]) for size in sorted(tables)]

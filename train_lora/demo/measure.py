@@ -67,19 +67,21 @@ class Yardstick:
         )
 
 
-def evaluation_scenes() -> list[scenes.Scene]:
+def evaluation_scenes(seed: int = PROMPT_SEED) -> list[scenes.Scene]:
     """The NUM_PROMPTS scenes whose captions every system is measured on."""
-    return scenes.random_scenes(NUM_PROMPTS, torch.Generator().manual_seed(PROMPT_SEED))
+    return scenes.random_scenes(NUM_PROMPTS, torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def build_yardstick(classifier: SceneClassifier, num_real: int = NUM_REAL) -> Yardstick:
+def build_yardstick(
+    classifier: SceneClassifier, num_real: int = NUM_REAL, *, prompt_seed: int = PROMPT_SEED
+) -> Yardstick:
     """Draw the prompts, and real scenes for the same prompts: the same ones every time.
 
     Real scenes of the same prompts, so that the distance speaks of the pictures and not of which
     prompts happened to be asked: 256 real pictures are at a distance of about 12 from the rest.
     """
-    prompts = evaluation_scenes()
+    prompts = evaluation_scenes(prompt_seed)
     generator = torch.Generator().manual_seed(REAL_SEED)
     features = [
         classifier.features(scenes.draw(prompts, generator)) for _ in range(num_real // NUM_PROMPTS)

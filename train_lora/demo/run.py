@@ -120,7 +120,11 @@ def peak_memory_mb() -> int:
 
 
 def renderer(
-    unet: SharedUNet, components: Components, system: System, condition: Condition
+    unet: SharedUNet,
+    components: Components,
+    system: System,
+    condition: Condition,
+    seed: int = SAMPLE_SEED,
 ) -> Callable[[], Tensor]:
     """A function that draws one picture for each row of the condition, in batches."""
 
@@ -129,7 +133,7 @@ def renderer(
         for first in range(0, len(condition), CHUNK):
             latents = sample_latents(
                 unet, system.role, components, condition[first : first + CHUNK], system.plan,
-                seed=SAMPLE_SEED, first_index=first, guidance=system.guidance,
+                seed=seed, first_index=first, guidance=system.guidance,
                 strength=system.strength,
             )  # fmt: skip
             images.append(decode_latents(components, latents).cpu())

@@ -6,6 +6,7 @@ reported with, VGG16 what losses use. Checked against torchmetrics' in tests/tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,17 +32,22 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, features: nn.Sequential, kind: str, channel_weights: list[Tensor]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        channel_weights: Sequence[Tensor],
+        *,
+        shift: Sequence[float] = SHIFT,
+        scale: Sequence[float] = SCALE,
+    ) -> None:
+        """`stages`: parts of a classifier in their order; `channel_weights`: of each stage's
+        channels; `shift`, `scale`: of each channel of what it looks at."""
         super().__init__()
-        layers, begins = list(features), (0, *STAGE_ENDS[kind][:-1])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*layers[begin:end])
-            for begin, end in zip(begins, STAGE_ENDS[kind], strict=True)
-        )
+        self.stages = nn.ModuleList(stages)
         for number, weights in enumerate(channel_weights):
             self.register_buffer(f"channel_weights_{number}", weights.view(1, -1, 1, 1))
-        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1))
 
     def activations(self, images: Tensor) -> list[Tensor]:
         """Of each stage, scaled to length 1 at each place. images: (B, 3, H, W) in [-1, 1]."""
@@ -76,19 +82,19 @@ class Lpips(nn.Module):
         return float(torch.cat(distances).mean())
 
 
-def load_lpips(path: Path, option: str = "--lpips") -> Lpips:
+def load_lpips(path: Path, option: str = "--lpips", source: str = SOURCE) -> Lpips:
     """LPIPS on the classifier in `path`: torchvision's AlexNet or VGG16, told apart by its sizes.
 
     The weights of the channels (a few KB, BSD licence) come with torchmetrics.
     """
     import torchvision
 
-    backbone = read_weights(path, option, SOURCE)
+    backbone = read_weights(path, option, source)
     first = backbone.get("features.0.weight")
     kind = FIRST_KERNEL.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
     if kind is None:
         raise ValueError(
-            f"{option} {str(path)!r} is neither torchvision's AlexNet nor its VGG16; get {SOURCE}."
+            f"{option} {str(path)!r} is neither torchvision's AlexNet nor its VGG16; get {source}."
         )
     with torch.device("meta"):  # no random weights, they come from the file
         model = torchvision.models.alexnet() if kind == "alex" else torchvision.models.vgg16()
@@ -98,7 +104,14 @@ def load_lpips(path: Path, option: str = "--lpips") -> Lpips:
     prefix = "features."
     weights = {n.removeprefix(prefix): w for n, w in backbone.items() if n.startswith(prefix)}
     fill(model.features, weights, path, option)
-    return Lpips(model.features, kind, _channel_weights(kind)).eval().requires_grad_(False)
+    stages = cut(model.features, STAGE_ENDS[kind])
+    return Lpips(stages, _channel_weights(kind)).eval().requires_grad_(False)
+
+
+def cut(layers: nn.Sequential, ends: Sequence[int]) -> list[nn.Sequential]:
+    """The layers up to each of `ends`, from the one before it."""
+    begins = (0, *ends[:-1])
+    return [layers[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
 
 def _channel_weights(kind: str) -> list[Tensor]:

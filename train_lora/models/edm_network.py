@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from dmd2_core import EDMSchedule, coefficients, edm_preconditioned, edm_scalings
 
 from .edm_unet import EDMConfig, EDMUNet
-from .safetensors_io import read_safetensors
+from .safetensors_io import read_safetensors, write_safetensors
 
 _HEAD_CHANNELS, _SIGMA_DATA = "edm.head_channels", "edm.sigma_data"
 """Metadata keys: the two settings that no shape tells."""
@@ -46,6 +46,14 @@ class EDMNetwork(nn.Module):
         noise = scale.noise.flatten().to(x_t.dtype)
         return self.model.features((scale.inner * x_t).to(x_t.dtype), noise, labels)
 
+    def enable_gradient_checkpointing(self, recomputed: Callable[..., Tensor]) -> None:
+        """`recomputed(block, *inputs)` runs each block where gradients are wanted."""
+        self.model.recomputed = recomputed
+
+    @classmethod
+    def from_config(cls, config: EDMConfig) -> EDMNetwork:
+        return cls(config)
+
     def _check_labels(self, labels: Tensor | None) -> None:
         if (labels is None) != (self.config.classes == 0):
             raise ValueError(
@@ -71,6 +79,12 @@ def load_edm(path: str | Path) -> EDMNetwork:
     return network.eval().requires_grad_(False)
 
 
+def save_edm(network: EDMNetwork, path: Path, metadata: Mapping[str, str]) -> None:
+    """A file that `load_edm` reads, float32, with `metadata` beside its own. Replaces `path`."""
+    tensors = {name: value.float() for name, value in network.state_dict().items()}
+    write_safetensors(path, tensors, metadata_of(network.config) | metadata)
+
+
 def metadata_of(config: EDMConfig) -> dict[str, str]:
     """What the file must say beside the weights."""
     return {_HEAD_CHANNELS: str(config.head_channels), _SIGMA_DATA: repr(config.sigma_data)}
@@ -86,7 +100,7 @@ def infer_config(shapes: Mapping[str, Size], metadata: Mapping[str, str]) -> EDM
         raise ValueError(
             "this is no EDM network: the tensors model.enc.64x64_conv.weight (or of another "
             "resolution) and model.map_layer0.weight are not there; convert a published EDM "
-            "checkpoint of the ADM architecture with python -m train_lora.convert_edm"
+            "checkpoint of the ADM architecture with dmd2 convert-edm"
         )
     side, base = int(first[1]), _length(shapes, "model.map_layer0.weight", 1)
     factors, attention = [], []

@@ -6,6 +6,7 @@ checkpoint, so its weights load as they are. No dropout: DMD2's settings name no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,6 +147,8 @@ class EDMUNet(nn.Module):
     def __init__(self, config: EDMConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputed: Callable[..., Tensor] | None = None
+        """Gradient checkpointing: what runs a block where gradients are wanted; None: nothing."""
         embedding = EMBEDDING_FACTOR * config.width
         self.map_layer0 = nn.Linear(config.width, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
@@ -169,13 +172,21 @@ class EDMUNet(nn.Module):
                 continue
             if not name.endswith("_up"):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, embedding)
+            x = self._run(block, x, embedding)
         return self.out_conv(F.silu(self.out_norm(x)))
 
     def features(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         """The middle block's output (B, feature_channels, feature_px, feature_px): no decoder."""
         embedding = self._embedding(noise, labels)
         return self._middle(self._encode(x, embedding)[0], embedding)
+
+    @property
+    def feature_blocks(self) -> list[nn.Module]:
+        """The last block of each level on the way down, and of the middle."""
+        config = self.config
+        last = [f"{side}x{side}_block{config.blocks - 1}" for side in config.sides_px]
+        middle = f"{config.feature_px}x{config.feature_px}_in1"
+        return [*(self.enc[name] for name in last), self.dec[middle]]
 
     def _build_encoder(self, embedding: int) -> list[int]:
         """Fills `enc`; returns the channels of every block, which the decoder takes up again."""
@@ -232,15 +243,20 @@ class EDMUNet(nn.Module):
     def _encode(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for block in self.enc.values():
-            x = block(x, embedding) if isinstance(block, ResidualBlock) else block(x)
+            x = self._run(block, x, embedding) if isinstance(block, ResidualBlock) else block(x)
             skips.append(x)
         return x, skips
 
     def _middle(self, x: Tensor, embedding: Tensor) -> Tensor:
         for name, block in self.dec.items():
             if _is_middle(name):
-                x = block(x, embedding)
+                x = self._run(block, x, embedding)
         return x
+
+    def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.recomputed is None or not torch.is_grad_enabled():
+            return block(x, embedding)
+        return self.recomputed(block, x, embedding)
 
 
 def _is_middle(name: str) -> bool:

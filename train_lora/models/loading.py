@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .components import Components
+from .edm_teacher import is_edm_file, load_edm_components
 from .folder import load_folder
 from .hub import snapshot
 from .markers import PredictionChoice, resolve
@@ -30,6 +31,7 @@ def load_components(
 
     (SDXL's VAE overflows in float16; captions are encoded once, so precision is cheap there.)
     Both forms use the tokenizer of this package. `prediction`: see `markers.resolve`.
+    An EDM network's file is known by its content, and is always float32.
     """
     name = str(path)
     check_model_path(name)
@@ -38,6 +40,13 @@ def load_components(
     else:
         found = Path(path)
         name = found.resolve().name.removesuffix(".safetensors")
+    if not found.is_dir() and is_edm_file(found):
+        if prediction != "auto":
+            raise ValueError(
+                f"{found} is an EDM network, which predicts pictures, not {prediction!r}: set the "
+                'prediction to "auto"'
+            )
+        return load_edm_components(found, name)
     loaded = (load_folder if found.is_dir() else load_single_file)(found, dtype)
     kind_of_prediction, schedule = resolve(Path(path), loaded.statements, prediction)
     _check_text_encoders(found, loaded.text_encoders)

@@ -9,7 +9,7 @@ re-activates the role of its forward all the same, because the wrong one would g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import TARGETS, LoraSpec, add_adapter, initialise, lora_layers
-from .passes import Added, Passes
+from .class_condition import AnyCondition
+from .passes import MIDDLE, LayerShape, Passes, passes_of
 from .precision import Precision, set_precision
-from .text import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -70,7 +70,7 @@ class SharedUNet(nn.Module):
         unet.requires_grad_(False)
         base = unet if precision is None else set_precision(unet, precision)
         self.passes = nn.ModuleDict(
-            {role: Passes(network) for role, network in {TEACHER: base, **copies}.items()}
+            {role: passes_of(network) for role, network in {TEACHER: base, **copies}.items()}
         )
         self.adapters = {r: spec for r, spec in roles.items() if isinstance(spec, LoraSpec)}
         self.needs_all_processes = False
@@ -141,33 +141,43 @@ class SharedUNet(nn.Module):
 
     # The network
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> Tensor:
         """The active role's output, (B, 4, H/8, W/8) like `x_t`; t: (B,) timesteps."""
-        return self._run(self.passes_of(self._role), x_t, t, condition)
-
-    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The middle block's output (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
-
-        SDXL at 1024 px: 1280 channels at 32x32.
-        """
-        return self._run(self.passes_of(self._role).features, x_t, t, condition)
-
-    def _run(
-        self, network: Callable[..., Tensor], x_t: Tensor, t: Tensor, condition: Condition
-    ) -> Tensor:
-        dtype = self._autocast_dtype or self.network_of(self._role).conv_in.weight.dtype
-        hidden, added = _inputs(condition, dtype)
+        inputs = self._inputs(x_t, t, condition)
         with self._autocast(x_t):
-            return network(x_t.to(dtype), t, hidden, added).to(x_t.dtype)
+            output: Tensor = self.passes_of(self._role)(*inputs)
+        return output.to(x_t.dtype)
+
+    def features(
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
+    ) -> tuple[Tensor, ...]:
+        """The maps of these `layers` (B, C, h, w) in `x_t`'s dtype: half the network, no decoder.
+
+        The middle block's of SDXL at 1024 px: 1280 channels at 32x32.
+        """
+        inputs = self._inputs(x_t, t, condition)
+        with self._autocast(x_t):
+            maps = self.passes_of(self._role).features(*inputs, layers)
+        return tuple(found.to(x_t.dtype) for found in maps)
+
+    def with_features(
+        self, x_t: Tensor, t: Tensor, condition: AnyCondition, layers: Sequence[str] = (MIDDLE,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` and `features` give, in one pass."""
+        inputs = self._inputs(x_t, t, condition)
+        with self._autocast(x_t):
+            output, maps = self.passes_of(self._role).with_features(*inputs, layers)
+        return output.to(x_t.dtype), tuple(found.to(x_t.dtype) for found in maps)
+
+    def _inputs(self, x_t: Tensor, t: Tensor, condition: AnyCondition) -> tuple[Any, ...]:
+        passes = self.passes_of(self._role)
+        sample, *told = passes.inputs(x_t, condition, self._autocast_dtype)
+        return sample, t, *told
 
     @property
-    def feature_channels(self) -> int:
-        return int(self.unet.config.block_out_channels[-1])
-
-    @property
-    def feature_downscale(self) -> int:
-        """Latent cells per cell of `features` along each side: 4 in SDXL, 8 in SD1.5."""
-        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+    def layers(self) -> dict[str, LayerShape]:
+        """The maps that `features` can give, by name."""
+        return self.passes_of(TEACHER).layers
 
     def _autocast(self, x_t: Tensor) -> AbstractContextManager[object]:
         """Without autocast's cache of cast weights: one made under no_grad (a rollout) would
@@ -269,11 +279,3 @@ class RoleScope:
         trace: TracebackType | None,
     ) -> None:
         self._shared._activate(self._previous.pop())
-
-
-def _inputs(condition: Condition, dtype: torch.dtype) -> tuple[Tensor, Added]:
-    """Hidden states, and SDXL's pooled vector with the size ids (those stay float32)."""
-    hidden = condition.hidden.to(dtype)
-    if condition.pooled.shape[1] == 0:
-        return hidden, None
-    return hidden, {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids}

@@ -49,6 +49,10 @@ class Condition:
             hidden=self.hidden[rows], pooled=self.pooled[rows], time_ids=self.time_ids[rows]
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     def latent_shape(self, channels: int = 4) -> tuple[int, int, int, int]:
         """(B, channels, H/8, W/8) of the pictures that the size ids speak of."""
         height, width = (int(pixels) // LATENT_PX for pixels in self.time_ids[0, 4:].tolist())
