@@ -75,6 +75,14 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         "--lora", action="append", default=[], metavar="FILE", help="one that says its steps"
     )
     command.add_argument(
+        "--lora-steps",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="draw with each --lora in N steps; once for each number",
+    )
+    command.add_argument(
         "--other",
         action="append",
         default=[],
@@ -141,9 +149,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     if not arguments.lora and not arguments.other:
         raise ValueError("There is nothing to compare the teacher with; give --lora or --other.")
+    if arguments.lora_steps and not arguments.lora:
+        raise ValueError("--lora-steps is for --lora, and none is given; leave it out.")
     from .compare import Student, compare
 
-    students = [Student(lora=lora) for lora in arguments.lora]
+    numbers = arguments.lora_steps or [None]
+    students = [Student(lora=lora, steps=steps) for lora in arguments.lora for steps in numbers]
     students += [Student(lora=lora, family=family) for family, lora in arguments.other]
     compare(_request(arguments), students, _measures(arguments), arguments.out)
     return 0

@@ -34,10 +34,14 @@ class Student:
     lora: str
     family: str | None = None
     """None: the file says how it is sampled."""
+    steps: int | None = None
+    """None: those of the file or of the family."""
 
     @property
     def label(self) -> str:
         name = Path(self.lora).name.removesuffix(".safetensors")
+        if self.steps is not None:
+            return f"{name}, {self.steps} step{'s' * (self.steps > 1)}"
         return name if self.family is None else f"{name} ({self.family})"
 
 
@@ -70,7 +74,11 @@ def _requests(teacher: RenderRequest, students: list[Student]) -> dict[str, Rend
     requests = {TEACHER_NAME: teacher}
     for number, student in enumerate(students, 1):
         requests[f"lora_{number}"] = replace(
-            teacher, lora=student.lora, family=student.family, steps=None, guidance=None
+            teacher,
+            lora=student.lora,
+            family=student.family,
+            steps=student.steps,
+            guidance=None,
         )
     return requests
 

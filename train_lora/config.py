@@ -146,12 +146,17 @@ class Config:
                 f"name the folder that dmd2 pairs fills, or set {instead}."
             )
         steps = len(self.sampling.timesteps) or self.sampling.steps
-        if steps > 1:
+        if steps > 1 or self.sampling.random_steps is not None:
             key = "timesteps" if self.sampling.timesteps else "steps"
+            remedy = "sampling.steps to 1"
+            if self.sampling.random_steps is not None:
+                key, remedy = (
+                    "random_steps",
+                    'sampling.random_steps to "none" and sampling.steps to 1',
+                )
             raise ValueError(
                 f"sampling.{key} is {show_value(getattr(self.sampling, key))}, but {because}, and "
-                "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
-                f"{instead}."
+                f"the pairs lead from noise to an image in one step; set {remedy}, or {instead}."
             )
         loss = self.regression.loss
         if loss != "mse" and self.regression.lpips_weights is None:

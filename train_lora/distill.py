@@ -97,6 +97,7 @@ class Distiller:
     """The discriminator's, of `adversary.build_head`."""
     components: Components
     plan: StepPlan
+    """The student's steps: those for inference, or those that an iteration drew."""
     config: Config
     regression: RegressionLoss = squared_error
     """How far one step is from the teacher's image, in `regression.loss`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from .models.components import Components
+
+log = logging.getLogger(__name__)
 
 SETTINGS_FILE, PICTURES = "settings.json", "pictures"
 DEMO = "demo"
@@ -222,7 +225,10 @@ def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet
     if request.family is not None:
         return unet, family_recipe(request.family)
     if request.steps is not None:
-        return unet, Recipe(timesteps=StepPlan.evenly(request.steps).timesteps)
+        timesteps = StepPlan.evenly(request.steps).timesteps
+        if recipe is not None and not recipe.knows(timesteps):
+            log.warning("%s", _not_trained(request, recipe))
+        return unet, Recipe(timesteps=timesteps)
     if recipe is None:
         raise ValueError(
             f"--lora {request.lora!r} does not say how it is sampled; give --family (for one of "
@@ -241,6 +247,13 @@ def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
     if components.recipe is not None and request.steps is None:
         return components.recipe
     return Recipe(timesteps=StepPlan.evenly(request.steps or TEACHER_STEPS).timesteps, strength=0)
+
+
+def _not_trained(request: RenderRequest, recipe: Recipe) -> str:
+    trained = f"at {', '.join(map(str, recipe.timesteps))}"
+    if recipe.trained_steps is not None:
+        trained = "for {} to {} steps".format(*recipe.trained_steps)
+    return f"--lora {request.lora!r} was trained {trained}, and draws in {request.steps} steps"
 
 
 def _write_picture(path: Path, image: torch.Tensor) -> None:
