@@ -43,6 +43,7 @@ from .schedule import (
     coefficients,
     k_sigma,
 )
+from .step_range import StepCounts, step_ranges
 
 __all__ = [
     "FAMILIES",
@@ -58,6 +59,7 @@ __all__ = [
     "Prediction",
     "Recipe",
     "SeededNoise",
+    "StepCounts",
     "StepPlan",
     "SteppedSchedule",
     "VPSchedule",
@@ -88,6 +90,7 @@ __all__ = [
     "k_sigma",
     "regression_loss",
     "sample_gradient",
+    "step_ranges",
     "target",
     "to_x0",
 ]

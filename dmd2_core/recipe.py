@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .few_step import StepPlan, Timestep, check_strength, is_real
 from .prediction import Prediction, check_prediction
 from .schedule import NUM_TIMESTEPS
+from .step_range import StepCounts, check_step_counts, is_within
 
 RECIPE_KEY = "dmd2.recipe"
 VERSION_KEY = "dmd2.recipe_version"
+STEPS_KEY = "dmd2.trained_steps"
+"""`trained_steps` as JSON, beside the recipe: readers that know no such thing refuse unknown keys
+within it, and do well with `timesteps` alone."""
 MERGED_KEY = "dmd2.merged"
 """In a checkpoint: which LoRA was baked into it, as JSON."""
 VERSION = "1"
@@ -30,6 +34,9 @@ class Recipe:
 
     timesteps: tuple[Timestep, ...]
     """The steps the student was trained on, descending: 999, 749, 499, 249."""
+    trained_steps: StepCounts | None = None
+    """The fewest and the most steps, evenly spaced, that it was trained for, where `timesteps` are
+    its usual ones among others; None: `timesteps` alone."""
     conditioning_timestep: Timestep | None = None
     """What the network is told at the first step; 399 for a one-step student."""
     prediction: Prediction = "epsilon"
@@ -66,6 +73,7 @@ class Recipe:
                 f"strength is {_short(self.strength)}: use one number, or a list of them"
             )
         check_strength(self.strength, num=len(self.timesteps) - 1)
+        self._check_trained_steps()
         check_prediction(self.prediction)
         if type(self.zero_terminal_snr) is not bool:
             raise ValueError(
@@ -90,6 +98,29 @@ class Recipe:
         if self.trained_with is not None:
             object.__setattr__(self, "trained_with", _plain_json(self.trained_with))
 
+    def _check_trained_steps(self) -> None:
+        if self.trained_steps is None:
+            return
+        counts = check_step_counts("trained_steps", self.trained_steps)
+        object.__setattr__(self, "trained_steps", counts)
+        if not is_within(self.timesteps, counts) or self.conditioning_timestep is not None:
+            raise ValueError(
+                f"trained_steps is {list(counts)}, which does not go with timesteps "
+                f"{_short(self.timesteps)} and conditioning timestep {self.conditioning_timestep}: "
+                "give evenly spaced timesteps of such a number alone, or leave trained_steps out"
+            )
+        if not isinstance(self.strength, int | float):
+            raise ValueError(
+                f"trained_steps is {list(counts)}, but strength lists one for each step of "
+                f"{len(self.timesteps)}: give one number"
+            )
+
+    def knows(self, timesteps: Sequence[Timestep]) -> bool:
+        """Whether the student was trained at these timesteps, or at more with these among them."""
+        if set(timesteps) <= set(self.timesteps):
+            return True
+        return self.trained_steps is not None and is_within(timesteps, self.trained_steps)
+
     def plan(self, start: int = 0) -> StepPlan:
         """The steps to take; from step `start` on for image-to-image."""
         return StepPlan(
@@ -100,13 +131,16 @@ class Recipe:
 
     def to_metadata(self) -> dict[str, str]:
         """The recipe as safetensors metadata; equal recipes give equal bytes."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        fields_told = asdict(self)
+        counts = fields_told.pop("trained_steps")
+        text = json.dumps(fields_told, sort_keys=True, separators=(",", ":"), allow_nan=False)
         if len(text) > _MAX_CHARACTERS:
             raise ValueError(
                 f"the recipe has {len(text)} characters, more than {_MAX_CHARACTERS}: "
                 "put less into trained_with"
             )
-        return {RECIPE_KEY: text, VERSION_KEY: VERSION}
+        beside = {} if counts is None else {STEPS_KEY: json.dumps(counts)}
+        return {RECIPE_KEY: text, VERSION_KEY: VERSION} | beside
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> Recipe | None:
@@ -120,7 +154,10 @@ class Recipe:
                 "update it, or set up the sampler by hand"
             )
         try:
-            return cls(**_parse(metadata[RECIPE_KEY]))
+            told = _parse(metadata[RECIPE_KEY])
+            if STEPS_KEY in metadata:
+                told["trained_steps"] = _json(metadata[STEPS_KEY])
+            return cls(**told)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"the LoRA's recipe is damaged ({error}): "
@@ -129,16 +166,21 @@ class Recipe:
 
 
 def _parse(text: object) -> dict[str, Any]:
-    """The JSON object in `text`, with exactly the keys that Recipe knows."""
-    if not isinstance(text, str) or len(text) > _MAX_CHARACTERS:
-        raise ValueError(f"it is not a text of at most {_MAX_CHARACTERS} characters")
-    data = json.loads(text)
+    """The JSON object in `text`, with exactly the keys that a recipe has there."""
+    data = _json(text)
     if not (isinstance(data, dict) and "timesteps" in data):
         raise ValueError(f"it is {_short(data)}, not a JSON object with timesteps")
-    unknown = sorted(set(data) - {field.name for field in fields(Recipe)})
+    known = {field.name for field in fields(Recipe)} - {"trained_steps"}
+    unknown = sorted(set(data) - known)
     if unknown:
         raise ValueError(f"it has the unknown key {_short(unknown[0])}")
     return data
+
+
+def _json(text: object) -> Any:
+    if not isinstance(text, str) or len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"it is not a text of at most {_MAX_CHARACTERS} characters")
+    return json.loads(text)
 
 
 def _short(value: object) -> str:

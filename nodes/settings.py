@@ -99,10 +99,18 @@ def describe_plan(plan: StepPlan, denoise: float, recipe: Recipe | None = None) 
         first = plan.active[0]
         amount = (first + 1) / NUM_TIMESTEPS
         text += f" Denoise {denoise:g} starts at the trained timestep {first} ({amount:g})."
-    if recipe is not None and not set(plan.active) <= set(recipe.timesteps):
-        trained = ", ".join(map(str, recipe.timesteps))
-        text += f" The LoRA was trained at {trained}; other timesteps are new to it."
+    if recipe is not None and not (recipe.knows(plan.timesteps) or recipe.knows(plan.active)):
+        text += f" {_trained(recipe)}"
     return text
+
+
+def _trained(recipe: Recipe) -> str:
+    """What the LoRA was trained for, said where something else is to run."""
+    if recipe.trained_steps is not None:
+        counts = "{} to {}".format(*recipe.trained_steps)
+        return f"The LoRA was trained for {counts} evenly spaced steps; others are new to it."
+    trained = ", ".join(map(str, recipe.timesteps))
+    return f"The LoRA was trained at {trained}; other timesteps are new to it."
 
 
 def _check_conditioning(wanted: int | float | None, patched: int | None) -> None:
@@ -174,6 +182,8 @@ def describe(recipe: Recipe | None) -> str:
         steps = ", ".join(map(str, StepPlan.evenly(DEFAULT_STEPS).timesteps))
         return f"The file has no recipe: DMD2's usual steps {steps} apply unless you choose others."
     parts = [f"steps {', '.join(map(str, recipe.timesteps))}"]
+    if recipe.trained_steps is not None:
+        parts.append("trained for {} to {} evenly spaced steps".format(*recipe.trained_steps))
     if recipe.conditioning_timestep is not None:
         parts.append(f"conditioning timestep {recipe.conditioning_timestep}")
     parts += [f"{recipe.prediction} prediction", f"cfg {recipe.guidance:g}"]

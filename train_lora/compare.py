@@ -34,10 +34,14 @@ class Student:
     lora: str
     family: str | None = None
     """None: the file says how it is sampled."""
+    steps: int | None = None
+    """None: those of the file or of the family."""
 
     @property
     def label(self) -> str:
         name = Path(self.lora).name.removesuffix(".safetensors")
+        if self.steps is not None:
+            return f"{name}, {self.steps} step{'s' * (self.steps > 1)}"
         return name if self.family is None else f"{name} ({self.family})"
 
 
@@ -52,7 +56,7 @@ def compare(
     if out.is_dir() and not any((out / name).exists() for name in requests):
         check_output_directory(out, "--out")
     found = evaluate_all(requests, measures, out)
-    labels = [_teacher_label(teacher), *(student.label for student in students)]
+    labels = [_teacher_label(teacher), *_labels(students)]
     figures = dict(zip(labels, found.values(), strict=True))
     folders = dict(zip(labels, (out / name / PICTURES for name in found), strict=True))
     if os.environ.get("RANK", "0") != "0":
@@ -70,9 +74,27 @@ def _requests(teacher: RenderRequest, students: list[Student]) -> dict[str, Rend
     requests = {TEACHER_NAME: teacher}
     for number, student in enumerate(students, 1):
         requests[f"lora_{number}"] = replace(
-            teacher, lora=student.lora, family=student.family, steps=None, guidance=None
+            teacher,
+            lora=student.lora,
+            family=student.family,
+            steps=student.steps,
+            guidance=None,
         )
     return requests
+
+
+def _labels(students: list[Student]) -> list[str]:
+    """Each student's own: every run's LoRA has the same name, so equal ones are told by folders
+    and, where that does not suffice, by their place."""
+    names = [student.label for student in students]
+    labels = [
+        label if names.count(label) == 1 else f"{Path(student.lora).absolute().parent.name}/{label}"
+        for label, student in zip(names, students, strict=True)
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{number}: {label}"
+        for number, label in enumerate(labels, 1)
+    ]
 
 
 def _teacher_label(teacher: RenderRequest) -> str:

@@ -40,9 +40,10 @@ class ModelConfig(Section):
     """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
     (downloaded once), "demo" (the embedded one), or an EDM network of `dmd2 convert-edm`."""
 
-    prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
+    prediction: Literal["auto", "epsilon", "v", "v-zero-snr", "flow"] = "auto"
     """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
-    Needed for a file that does not say it; against what the file says it is refused."""
+    Needed for a file that does not say it, as those of flow models; against what the file says it
+    is refused."""
 
     base_precision: Literal["auto", "bf16", "fp16", "fp32", "8bit", "4bit"] = "auto"
     """Precision in which the frozen base is stored; 8bit and 4bit need bitsandbytes. "auto": bf16
@@ -145,12 +146,17 @@ class Config:
                 f"name the folder that dmd2 pairs fills, or set {instead}."
             )
         steps = len(self.sampling.timesteps) or self.sampling.steps
-        if steps > 1:
+        if steps > 1 or self.sampling.random_steps is not None:
             key = "timesteps" if self.sampling.timesteps else "steps"
+            remedy = "sampling.steps to 1"
+            if self.sampling.random_steps is not None:
+                key, remedy = (
+                    "random_steps",
+                    'sampling.random_steps to "none" and sampling.steps to 1',
+                )
             raise ValueError(
                 f"sampling.{key} is {show_value(getattr(self.sampling, key))}, but {because}, and "
-                "the pairs lead from noise to an image in one step; set sampling.steps to 1, or "
-                f"{instead}."
+                f"the pairs lead from noise to an image in one step; set {remedy}, or {instead}."
             )
         loss = self.regression.loss
         if loss != "mse" and self.regression.lpips_weights is None:

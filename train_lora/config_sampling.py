@@ -23,6 +23,11 @@ class SamplingConfig(Section):
     """Timestep that the network is told at the first step (399 for one-step SDXL); "none": the
     true one."""
 
+    random_steps: tuple[int, int] | None = number(None, low=1, high=100)
+    """The fewest and the most steps of a LoRA that serves all numbers between, such as [2, 8]: each
+    iteration draws a number, and places near the evenly spaced ones. `steps` is then the number
+    for validation, and the one that the file names. "none": always the same steps."""
+
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         pairs = zip(self.timesteps, self.timesteps[1:], strict=False)
@@ -39,6 +44,28 @@ class SamplingConfig(Section):
                 f"sampling.conditioning_timestep is {self.conditioning_timestep}, which belongs to "
                 f"one-step students, but sampling.{key} is {show_value(getattr(self, key))}; set "
                 'sampling.steps to 1, or sampling.conditioning_timestep to "none".'
+            )
+        if self.random_steps is not None:
+            self._check_random_steps(*self.random_steps)
+
+    def _check_random_steps(self, fewest: int, most: int) -> None:
+        told = f"sampling.random_steps is {show_value(self.random_steps)}"
+        if not fewest <= most or most == 1:
+            raise ValueError(
+                f"{told}; set it to the fewest and the most steps, such as [2, 8], or "
+                'to "none" for always the same steps.'
+            )
+        for key in ("timesteps", "conditioning_timestep"):
+            value = getattr(self, key)
+            if value:
+                raise ValueError(
+                    f"{told}, which places the steps anew in each iteration, but sampling.{key} is "
+                    f"{show_value(value)}; remove one of them."
+                )
+        if not fewest <= self.steps <= most:
+            raise ValueError(
+                f"{told}, but sampling.steps, the number for validation and for the file, is "
+                f"{self.steps}; set it to one of {fewest} to {most}."
             )
 
 

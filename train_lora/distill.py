@@ -97,6 +97,7 @@ class Distiller:
     """The discriminator's, of `adversary.build_head`."""
     components: Components
     plan: StepPlan
+    """The student's steps: those for inference, or those that an iteration drew."""
     config: Config
     regression: RegressionLoss = squared_error
     """How far one step is from the teacher's image, in `regression.loss`."""
@@ -246,7 +247,7 @@ class Distiller:
             output, judged = self.adversary.output_and_logits(x_t, t, condition)
         else:
             output = self.unet(x_t, t, condition)
-        if self.config.critic.loss_space == "velocity":
+        if self.config.critic.loss_space == "velocity" and prediction != "flow":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
         weight = self.components.denoising_weight(coefficients_t[1])

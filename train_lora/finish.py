@@ -16,7 +16,7 @@ import torch
 from dmd2_core import Recipe
 
 from .config import Config
-from .config_load import ineffective_keys
+from .config_effects import ineffective_keys
 from .data.training_data import encode_captions
 from .export import export_lora, write_lora
 from .extract import extract_lora
@@ -66,6 +66,7 @@ def recipe_of(
     return Recipe(
         timesteps=plan.timesteps,
         conditioning_timestep=plan.conditioning_timestep,
+        trained_steps=config.sampling.random_steps,
         prediction=components.prediction,
         zero_terminal_snr=components.schedule.has_zero_terminal_snr,
         teacher_guidance=None

@@ -6,13 +6,14 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dmd2_core import derived_generator, derived_seed
+from dmd2_core import StepPlan, derived_generator, derived_seed
 
 from .average import WeightAverage
 from .best import Best, protected_checkpoints
@@ -28,6 +29,7 @@ from .finish import CHECKPOINT_FILE, export_student, thumbnail_condition
 from .models.roles import CRITIC, STUDENT
 from .optimizer import build_optimizer
 from .output import CHECKPOINTS
+from .step_grids import drawn_plan
 from .stop import StopRequest, TrainingStopped
 from .update import Update, mean_figures, rate_factor
 from .validate import Validation
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Independent streams of random numbers derived from the run's seed.
-HEAD_STREAM, STEP_STREAM, NOISE_STREAM, ORDER_STREAM = range(4)
+HEAD_STREAM, STEP_STREAM, NOISE_STREAM, ORDER_STREAM, PLAN_STREAM = range(5)
 
 
 class Trainer:
@@ -221,6 +223,7 @@ class Trainer:
             self.student.optimizer.state.clear()
         since = iteration - first_of_critic - critic.warmup_iterations
         updates_student = since >= 0 and since % critic.updates_per_generator == 0
+        distiller = replace(self.distiller, plan=self.plan_of(iteration))
         step = self.step_index(iteration)
         figures: Figures = {}
         parts: list[Figures] = []
@@ -228,12 +231,10 @@ class Trainer:
         for micro in range(settings.gradient_accumulation_steps):
             batch, draws = self._batch_and_draws(iteration, micro)
             with self.accelerator.autocast():
-                sample = self.distiller.student_sample(
-                    batch, step, draws, with_graph=updates_student
-                )
+                sample = distiller.student_sample(batch, step, draws, with_graph=updates_student)
                 if updates_student:
                     pairs = self._pairs(iteration, micro) if settings.objective == "dmd" else None
-                    parts.append(self.distiller.generator_step(sample, draws, pairs))
+                    parts.append(distiller.generator_step(sample, draws, pairs))
             consumed.append((sample.detached(), batch, draws))
         if updates_student:
             figures |= self._apply(self.student, "student", parts, iteration)
@@ -243,7 +244,7 @@ class Trainer:
         parts = []
         for sample, batch, draws in consumed:
             with self.accelerator.autocast():
-                parts.append(self.distiller.critic_step(sample, batch, draws))
+                parts.append(distiller.critic_step(sample, batch, draws))
         return figures | self._apply(self.critic, "critic", parts, iteration)
 
     def _regress(self, iteration: int) -> Figures:
@@ -262,8 +263,16 @@ class Trainer:
         """Where backward simulation stops: the same on every rank and in every micro-batch."""
         generator = derived_generator(self.config.training.seed, STEP_STREAM, iteration)
         low = 0 if self.distiller.anchor is None else 1  # the first step learns from it alone
-        high = len(self.distiller.plan.timesteps)
+        high = len(self.plan_of(iteration).timesteps)
         return int(torch.randint(low, high, (), generator=generator))
+
+    def plan_of(self, iteration: int) -> StepPlan:
+        """The steps that an iteration trains: the same on every rank and in every micro-batch."""
+        counts = self.config.sampling.random_steps
+        if counts is None:
+            return self.distiller.plan
+        seed = self.config.training.seed
+        return drawn_plan(counts, derived_generator(seed, PLAN_STREAM, iteration))
 
     def _batch_and_draws(self, iteration: int, micro: int) -> tuple[Batch, Draws]:
         """This process's part of the global batch, which is one however it is split."""

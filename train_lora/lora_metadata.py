@@ -72,14 +72,14 @@ def modelspec(
 ) -> dict[str, str]:
     """sai_model_spec 1.0.1; `form`: "/lora", or nothing for a whole checkpoint."""
     base = recipe.base_model or _FAMILIES[kind]
-    num_steps = len(recipe.timesteps)
+    steps = _count(*recipe.trained_steps or [len(recipe.timesteps)])
     identity = f" (sha256 of its UNet: {recipe.base_model_hash})" if recipe.base_model_hash else ""
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": ARCHITECTURES[kind] + form,
         "implementation": _IMPLEMENTATIONS[kind] if form else "sgm",
-        "title": f"{base}, DMD2 in {_count(num_steps)}",
-        "description": f"Makes images in {_count(num_steps)} with {base}{identity}, "
+        "title": f"{base}, DMD2 in {steps}",
+        "description": f"Makes images in {steps} with {base}{identity}, "
         "distilled with DMD2 (arXiv 2405.14867).",
         "usage_hint": usage_hint(recipe),
         "prediction_type": recipe.prediction,
@@ -99,7 +99,8 @@ def usage_hint(recipe: Recipe, *, merged: bool = False) -> str:
     evenly = recipe.timesteps == StepPlan.evenly(num_steps).timesteps
     note = " (a negative prompt acts through NAG only)" if recipe.guidance == 1 else ""
     sampler = "sampler euler" if recipe.strength == 0 else "sampler lcm"
-    words = [_count(num_steps), f"CFG {recipe.guidance:g}{note}", sampler]
+    others = "" if recipe.trained_steps is None else f" (or {_count(*recipe.trained_steps)})"
+    words = [_count(num_steps) + others, f"CFG {recipe.guidance:g}{note}", sampler]
     if evenly and recipe.conditioning_timestep is None:
         words.append("scheduler simple")
     else:
@@ -114,11 +115,18 @@ def usage_hint(recipe: Recipe, *, merged: bool = False) -> str:
     if recipe.prediction == "v":
         snr = " with zero terminal SNR" if recipe.zero_terminal_snr else ""
         words.append(f"the base model predicts v{snr}")
+    elif recipe.prediction == "flow":
+        at = (
+            ""
+            if evenly
+            else f", sigmas {', '.join(f'{(t + 1) / 1000:g}' for t in recipe.timesteps)}"
+        )
+        words.append(f"the base model predicts flow (ComfyUI: ModelSamplingSD3 with shift 1{at})")
     return ", ".join(words)
 
 
-def _count(num_steps: int) -> str:
-    return f"{num_steps} step" + "s" * (num_steps > 1)
+def _count(*num_steps: int) -> str:
+    return f"{' to '.join(map(str, num_steps))} step" + "s" * (num_steps[-1] > 1)
 
 
 def _training(settings: Mapping[str, Any]) -> dict[str, str]:

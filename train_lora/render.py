@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from .checkpoint_store import write_text
 from .data.folders import METADATA
 from .data.samples import file_stamp
 from .distributed import wait_for_all
+from .models.markers import PredictionChoice
 from .models.placement import place
 from .models.places import check_model_path
 from .models.roles import STUDENT, TEACHER, SharedUNet
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from .models.components import Components
 
+log = logging.getLogger(__name__)
+
 SETTINGS_FILE, PICTURES = "settings.json", "pictures"
 DEMO = "demo"
 
@@ -39,6 +43,8 @@ class RenderRequest:
 
     model: str
     """A file, a diffusers folder, a hub id or "demo"."""
+    prediction: PredictionChoice = "auto"
+    """What the model predicts, where its file does not say it."""
     lora: str | None
     prompts: tuple[str, ...]
     per_prompt: int
@@ -72,6 +78,8 @@ class RenderRequest:
                 "--guidance is the teacher's, and needed for it: give it without --lora (SDXL: 6 "
                 "to 8), leave it out with one, whose guidance is built in."
             )
+        if self.model == DEMO and self.prediction != "auto":
+            raise ValueError("--prediction is for a model from outside; leave it out with demo.")
         if self.model != DEMO:
             check_model_path(self.model)
         if self.lora is not None and not Path(self.lora).is_file():
@@ -194,7 +202,7 @@ def _load(request: RenderRequest, device: torch.device) -> Components:
     from .models.loading import load_components
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return load_components(request.model, dtype=dtype)
+    return load_components(request.model, dtype=dtype, prediction=request.prediction)
 
 
 def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, Recipe]:
@@ -217,7 +225,10 @@ def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet
     if request.family is not None:
         return unet, family_recipe(request.family)
     if request.steps is not None:
-        return unet, Recipe(timesteps=StepPlan.evenly(request.steps).timesteps)
+        timesteps = StepPlan.evenly(request.steps).timesteps
+        if recipe is not None and not recipe.knows(timesteps):
+            log.warning("%s", _not_trained(request, recipe))
+        return unet, Recipe(timesteps=timesteps)
     if recipe is None:
         raise ValueError(
             f"--lora {request.lora!r} does not say how it is sampled; give --family (for one of "
@@ -236,6 +247,13 @@ def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
     if components.recipe is not None and request.steps is None:
         return components.recipe
     return Recipe(timesteps=StepPlan.evenly(request.steps or TEACHER_STEPS).timesteps, strength=0)
+
+
+def _not_trained(request: RenderRequest, recipe: Recipe) -> str:
+    trained = f"at {', '.join(map(str, recipe.timesteps))}"
+    if recipe.trained_steps is not None:
+        trained = "for {} to {} steps".format(*recipe.trained_steps)
+    return f"--lora {request.lora!r} was trained {trained}, and draws in {request.steps} steps"
 
 
 def _write_picture(path: Path, image: torch.Tensor) -> None:

@@ -47,7 +47,7 @@ def vae_rows(height_px: int, width_px: int) -> int:
 
 
 def step_plan(config: Config) -> StepPlan:
-    """The student's steps, in training and at inference."""
+    """The student's steps at inference, and in training unless it draws others (step_grids.py)."""
     sampling = config.sampling
     if sampling.timesteps:
         return StepPlan(

@@ -158,3 +158,32 @@ def test_a_recipe_is_described_in_words(settings, recipe):
         "Recipe: steps 999; conditioning timestep 399; epsilon prediction; cfg 1; base model B."
     )
     assert "999, 749, 499, 249" in settings.describe(None)
+
+
+def test_a_range_of_trained_steps_is_accepted_and_placed_evenly(settings, recipe):
+    ranged = recipe(timesteps=(999, 749, 499, 249), trained_steps=(2, 8))
+    assert plan(settings, recipe=ranged).timesteps == ranged.timesteps
+    for steps in range(2, 9):
+        found = plan(settings, recipe=ranged, steps=steps)
+        evenly = [999 - i * 1000 // steps for i in range(steps)]
+        assert found.timesteps == tuple(evenly)
+        assert "new to it" not in settings.describe_plan(found, 1.0, ranged)
+    later = plan(settings, recipe=ranged, steps=8, denoise=0.5)
+    assert later.active == (499, 374, 249, 124)
+    assert "new to it" not in settings.describe_plan(later, 0.5, ranged)
+    twelve = settings.describe_plan(plan(settings, recipe=ranged, steps=12), 1.0, ranged)
+    assert twelve.endswith(
+        "The LoRA was trained for 2 to 8 evenly spaced steps; others are new to it."
+    )
+    assert settings.describe(ranged).startswith(
+        "Recipe: steps 999, 749, 499, 249; trained for 2 to 8 evenly spaced steps; epsilon"
+    )
+
+
+def test_steps_that_a_lora_of_a_fixed_plan_does_not_know_are_named(settings, recipe):
+    fixed = recipe(timesteps=(999, 749, 499, 249))
+    said = settings.describe_plan(plan(settings, recipe=fixed, steps=8), 1.0, fixed)
+    assert said.endswith(
+        "The LoRA was trained at 999, 749, 499, 249; other timesteps are new to it."
+    )
+    assert "new to it" not in settings.describe_plan(plan(settings, recipe=fixed), 1.0, fixed)

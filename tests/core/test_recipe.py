@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dmd2_core import Recipe, StepPlan
-from dmd2_core.recipe import RECIPE_KEY, VERSION_KEY
+from dmd2_core.recipe import RECIPE_KEY, STEPS_KEY, VERSION_KEY
 
 FULL = Recipe(
     timesteps=(999, 749, 499, 249),
@@ -29,6 +29,7 @@ FULL = Recipe(
         FULL,
         Recipe(timesteps=(999,), conditioning_timestep=399),
         Recipe(timesteps=(1.0, 0.75, 0.5), prediction="flow", strength=0.25),
+        Recipe(timesteps=(999, 749, 499, 249), trained_steps=(2, 8)),
     ],
 )
 def test_round_trip(recipe: Recipe) -> None:
@@ -38,6 +39,49 @@ def test_round_trip(recipe: Recipe) -> None:
     again = Recipe.from_metadata(metadata)
     assert again is not None
     assert again.to_metadata() == metadata
+
+
+def test_readers_that_know_no_range_of_steps_read_the_rest() -> None:
+    """They refuse keys that they do not know within the recipe, and look at no other."""
+    alone = Recipe(timesteps=(999, 749, 499, 249)).to_metadata()
+    ranged = Recipe(timesteps=(999, 749, 499, 249), trained_steps=(2, 8)).to_metadata()
+    assert set(alone) == {RECIPE_KEY, VERSION_KEY}
+    assert {key: ranged[key] for key in alone} == alone
+    assert "trained_steps" not in alone[RECIPE_KEY]
+    assert ranged[STEPS_KEY] == "[2, 8]"
+
+
+def test_which_steps_a_student_knows() -> None:
+    fixed = Recipe(timesteps=(999, 749, 499, 249))
+    ranged = Recipe(timesteps=(999, 749, 499, 249), trained_steps=(2, 8))
+    for num_steps in range(1, 12):
+        plan = StepPlan.evenly(num_steps).timesteps
+        assert fixed.knows(plan) == (num_steps in (1, 2, 4)), num_steps  # 999; 999, 499
+        assert ranged.knows(plan) == (num_steps <= 8), num_steps  # 999 alone is among its steps
+    assert ranged.knows((999, 600))  # half a spacing around 499
+    assert not fixed.knows((999, 600))
+    assert not ranged.knows((999, 100))
+    assert not ranged.knows((998, 499))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "[2]", "[8, 2]", "[0, 4]", "[1, 1]", "[2, 101]", '["2", "8"]', "[2.0, 8.0]",
+             "[true, 8]", "null, 1", "[5, 8]", "[" * 100_000]
+)  # fmt: skip
+def test_hostile_ranges_of_steps_are_value_errors(text: str) -> None:
+    metadata = Recipe(timesteps=(999, 749, 499, 249)).to_metadata()
+    with pytest.raises(ValueError, match="recipe is damaged") as caught:
+        Recipe.from_metadata(metadata | {STEPS_KEY: text})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_range_of_steps_goes_with_evenly_spaced_ones_only() -> None:
+    with pytest.raises(ValueError, match=r"does not go with timesteps \(999, 100\)"):
+        Recipe(timesteps=(999, 100), trained_steps=(2, 8))
+    with pytest.raises(ValueError, match="and conditioning timestep 399"):
+        Recipe(timesteps=(999,), conditioning_timestep=399, trained_steps=(1, 8))
+    with pytest.raises(ValueError, match="strength lists one for each step of 2: give one number"):
+        Recipe(timesteps=(999, 499), strength=(0.5,), trained_steps=(2, 8))
 
 
 def test_metadata_bytes_do_not_depend_on_order() -> None:
@@ -72,6 +116,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"timesteps": list(range(2000, 0, -1))}, "at most 1000"),
     ({"conditioning_timestep": "399"}, "conditioning_timestep has '399'"),
     ({"conditioning_timestep": -1}, "conditioning_timestep has -1"),
+    ({"trained_steps": [8, 2]}, "trained_steps"),
     ({"prediction": "eps"}, "prediction 'eps' is unknown"),
     ({"prediction": ["epsilon"]}, "prediction"),
     ({"zero_terminal_snr": "yes"}, "zero_terminal_snr is 'yes'"),
@@ -118,6 +163,7 @@ def test_hostile_fields_are_named(change: dict[str, Any], message: str) -> None:
         '"text"',
         "{}",
         '{"timesteps": [999], "surprise": 1}',
+        '{"timesteps": [999, 499], "trained_steps": [2, 8]}',  # it belongs beside the recipe
         '{"timesteps": [NaN]}',
         '{"timesteps": [Infinity]}',
         '{"timesteps": [1e999]}',

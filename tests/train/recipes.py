@@ -152,6 +152,7 @@ RECIPES = {
             "diversity_anchor.timestep": 499,
             "diversity_anchor.teacher_steps": 2,
             "data.image_column": "image",
+            "sampling.random_steps": "[2, 6]",
         },
     ),
     "SD1.5 single file, images by the teacher": Recipe(
@@ -213,6 +214,7 @@ RECIPES["EDM of classes, all layers"] = Recipe(
     settings=OF_CLASSES
     | {
         "data.real_images": "{}/classes",
+        "model.base_precision": "bf16",
         "gan.layers": '["all"]',
         "gan.shared_draw": "true",
         "training.continue_from": "none",  # test_imagenet.py: from a run
