@@ -23,6 +23,11 @@ PER_IMAGE, STOCK = "per image", "stock"
 NOISE_SOURCES = (PER_IMAGE, STOCK)
 Noise = Callable[[int, Tensor], Tensor]
 """(step, like) -> unit Gaussian noise with `like`'s shape (B, C, H, W), dtype and device."""
+FLOW_REMEDY = (
+    "DMD2's sampling nodes are for models that predict epsilon or v: pass an SDXL or SD1.5 model "
+    "of flow through ModelSamplingSD3 with shift 1, and sample with ComfyUI's own KSampler: "
+    "sampler lcm, scheduler simple, cfg 1, and the LoRA's number of steps."
+)
 _TRUNCATED = "dmd2_conditioning_timestep"
 _UNCUT_SIGMA_MAX = "dmd2_uncut_sigma_max"
 _ZERO_SNR_SIGMA = 1000.0
@@ -48,8 +53,8 @@ def check_noise_to_signal(model_sampling: Any) -> None:
     """ValueError for a flow-matching model, whose x_t is not x0 + sigma * eps."""
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         raise ValueError(
-            f"the model is a flow-matching model ({_kind(model_sampling)}): "
-            "DMD2's nodes are for SDXL and SD1.5 models"
+            f"the model is a flow-matching model ({_kind(model_sampling)}), which DMD2's nodes do "
+            f"not sample. {FLOW_REMEDY}"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..dmd2_core import FAMILIES, Recipe, family_recipe
-from .k_diffusion import has_zero_snr, prediction_of
+from .k_diffusion import FLOW_REMEDY, has_zero_snr, prediction_of
 
 RECIPE_ATTACHMENT = "dmd2_recipe"
 """Our loader's: a Recipe."""
@@ -55,6 +55,8 @@ def disagreements(recipe: Recipe | None, model_sampling: Any) -> list[str]:
     """Where the model is not what the recipe's LoRA was trained on, one sentence each."""
     if recipe is None:
         return []
+    if recipe.prediction == "flow":
+        return [f"The LoRA was trained on a flow-matching model. {FLOW_REMEDY}"]
     found = []
     prediction = prediction_of(model_sampling)
     if prediction is not None and prediction != recipe.prediction:

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from .render import RenderRequest
 
 DEMO = "demo"
-_PROMPTS_HELP = "one on each line; demo: the demo's 64"
-_DRAWING = ("prompts", "lora", "guidance", "family", "steps", "size_px", "per_prompt", "seed")
+_PROMPTS_HELP = "a .txt with one on each line, a .tsv, .csv, .jsonl; demo: the demo's 64"
+_DRAWING = (
+    *("prompts", "prediction", "lora", "guidance", "family", "steps"),
+    *("size_px", "per_prompt", "seed"),
+)
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "evaluate",
         help="FID, patch FID, CLIP score, diversity, precision and recall of pictures or a model",
-        usage="dmd2 evaluate (--images DIR | --model MODEL --prompts FILE.txt "
+        usage="dmd2 evaluate (--images DIR | --model MODEL --prompts FILE "
         "(--lora FILE | --guidance G)) --out DIR [options]",
         description="What is given is measured: --reference with --features for FID, patch FID, "
         "precision and recall, --clip for the CLIP score, --lpips for diversity. See "
@@ -38,7 +41,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="metrics.json, and what is drawn"
     )
     draw = command.add_argument_group("drawing, with --model")
-    draw.add_argument("--prompts", metavar="FILE.txt", help=_PROMPTS_HELP)
+    draw.add_argument("--prompts", metavar="FILE", help=_PROMPTS_HELP)
     draw.add_argument("--lora", metavar="FILE", help="the student; without it the teacher draws")
     draw.add_argument("--guidance", type=float, metavar="G", help="of the teacher (SDXL: 6 to 8)")
     draw.add_argument(
@@ -54,7 +57,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compare",
         help="the same prompts and noise through teacher and LoRAs: one grid and one table",
-        usage="dmd2 compare --model MODEL --prompts FILE.txt --guidance G [--lora FILE ...] "
+        usage="dmd2 compare --model MODEL --prompts FILE --guidance G [--lora FILE ...] "
         "[--other FAMILY FILE ...] --out DIR [options]",
         description="Each system is drawn and measured as dmd2 evaluate does it. See "
         "docs/metrics.md.",
@@ -63,7 +66,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--model", required=True, metavar="MODEL", help="a file, folder, hub id, or demo"
     )
-    command.add_argument("--prompts", required=True, metavar="FILE.txt", help=_PROMPTS_HELP)
+    command.add_argument("--prompts", required=True, metavar="FILE", help=_PROMPTS_HELP)
     command.add_argument(
         "--guidance", type=float, required=True, metavar="G", help="of the teacher (SDXL: 6 to 8)"
     )
@@ -97,6 +100,11 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 def _add_drawing(command: argparse._ActionsContainer) -> None:
     command.add_argument(
+        "--prediction",
+        choices=("auto", "epsilon", "v", "v-zero-snr", "flow"),
+        help="what the model predicts, if its file does not say it (auto)",
+    )
+    command.add_argument(
         "--size-px", type=int, metavar="PX", help="side; as the model was made for"
     )
     command.add_argument("--per-prompt", type=int, metavar="N", help="pictures of each prompt (1)")
@@ -126,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         option = f"--{given[0].replace('_', '-')}"
         raise ValueError(f"{option} is for drawing with --model; leave it out with --images.")
     if arguments.model is not None and arguments.prompts is None:
-        raise ValueError("--model needs --prompts, a .txt file with a prompt on each line.")
+        raise ValueError("--model needs --prompts, such as a .txt file with one on each line.")
     from .evaluate import evaluate
 
     measures = _measures(arguments)
@@ -171,6 +179,7 @@ def _request(
 
     return RenderRequest(
         model=arguments.model,
+        prediction=arguments.prediction or "auto",
         lora=lora,
         prompts=tuple(_prompts(arguments.prompts)),
         per_prompt=1 if arguments.per_prompt is None else arguments.per_prompt,
@@ -187,6 +196,6 @@ def _prompts(source: str) -> list[str]:
         from .demo.measure import evaluation_scenes
 
         return [scene.caption for scene in evaluation_scenes()]
-    from .data.prompts import read_prompt_lines
+    from .data.prompts import read_prompt_file
 
-    return read_prompt_lines(Path(source), "--prompts")
+    return read_prompt_file(Path(source), "--prompts")

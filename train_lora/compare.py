@@ -56,7 +56,7 @@ def compare(
     if out.is_dir() and not any((out / name).exists() for name in requests):
         check_output_directory(out, "--out")
     found = evaluate_all(requests, measures, out)
-    labels = [_teacher_label(teacher), *(student.label for student in students)]
+    labels = [_teacher_label(teacher), *_labels(students)]
     figures = dict(zip(labels, found.values(), strict=True))
     folders = dict(zip(labels, (out / name / PICTURES for name in found), strict=True))
     if os.environ.get("RANK", "0") != "0":
@@ -81,6 +81,20 @@ def _requests(teacher: RenderRequest, students: list[Student]) -> dict[str, Rend
             guidance=None,
         )
     return requests
+
+
+def _labels(students: list[Student]) -> list[str]:
+    """Each student's own: every run's LoRA has the same name, so equal ones are told by folders
+    and, where that does not suffice, by their place."""
+    names = [student.label for student in students]
+    labels = [
+        label if names.count(label) == 1 else f"{Path(student.lora).absolute().parent.name}/{label}"
+        for label, student in zip(names, students, strict=True)
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{number}: {label}"
+        for number, label in enumerate(labels, 1)
+    ]
 
 
 def _teacher_label(teacher: RenderRequest) -> str:

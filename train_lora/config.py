@@ -40,9 +40,10 @@ class ModelConfig(Section):
     """The teacher: one SDXL or SD1.5 .safetensors file, a diffusers folder, a hub id "org/name"
     (downloaded once), "demo" (the embedded one), or an EDM network of `dmd2 convert-edm`."""
 
-    prediction: Literal["auto", "epsilon", "v", "v-zero-snr"] = "auto"
+    prediction: Literal["auto", "epsilon", "v", "v-zero-snr", "flow"] = "auto"
     """What the teacher predicts, v with or without zero terminal SNR; "auto": what its file says.
-    Needed for a file that does not say it; against what the file says it is refused."""
+    Needed for a file that does not say it, as those of flow models; against what the file says it
+    is refused."""
 
     base_precision: Literal["auto", "bf16", "fp16", "fp32", "8bit", "4bit"] = "auto"
     """Precision in which the frozen base is stored; 8bit and 4bit need bitsandbytes. "auto": bf16

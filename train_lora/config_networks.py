@@ -49,7 +49,7 @@ class CriticConfig(Section):
     loss_space: Literal["prediction", "velocity"] = "prediction"
     """Where the critic's denoising error is counted: in what the network predicts (the paper), or
     as velocity, where the errors of an epsilon model at high noise, in layout and colours, weigh
-    more. A v model predicts velocity anyway."""
+    more. A v or flow model predicts velocity anyway."""
 
     betas: tuple[float, float] | None = number(None, low=0, high=1, open_high=True)
     """AdamW's two decay rates for critic and discriminator; "none": `training.betas`."""

@@ -257,7 +257,7 @@ class Distiller:
             output, judged = self.adversary.output_and_logits(x_t, t, condition)
         else:
             output = self.unet(x_t, t, condition)
-        if self.config.critic.loss_space == "velocity":
+        if self.config.critic.loss_space == "velocity" and prediction != "flow":
             x0 = to_x0(prediction, output.float(), x_t, *coefficients_t)
             prediction, output = "v", from_x0("v", x0, x_t, *coefficients_t)
         weight = self.components.denoising_weight(coefficients_t[1])

@@ -9,6 +9,7 @@ from .config_regression import TINY_VAE_SOURCE, WEIGHT_SOURCES, RegressionConfig
 from .data.rows import HUB
 from .data.settings import CLASSES
 from .models.places import check_model_path
+from .output import run_and_iteration
 
 
 def check_inputs(config: Config, *, warm: bool) -> None:
@@ -24,7 +25,7 @@ def check_inputs(config: Config, *, warm: bool) -> None:
             f"student.init is {init!r}, which does not exist; name a LoRA file, or leave it out."
         )
     earlier = config.training.continue_from
-    if warm and earlier is not None and not Path(earlier).is_dir():
+    if warm and earlier is not None and not run_and_iteration(Path(earlier))[0].is_dir():
         raise ValueError(
             f"training.continue_from is {earlier!r}, which is no folder; name the folder of a run, "
             "or one of its checkpoints, such as RUN/checkpoints/000500."

@@ -115,6 +115,13 @@ def usage_hint(recipe: Recipe, *, merged: bool = False) -> str:
     if recipe.prediction == "v":
         snr = " with zero terminal SNR" if recipe.zero_terminal_snr else ""
         words.append(f"the base model predicts v{snr}")
+    elif recipe.prediction == "flow":
+        at = (
+            ""
+            if evenly
+            else f", sigmas {', '.join(f'{(t + 1) / 1000:g}' for t in recipe.timesteps)}"
+        )
+        words.append(f"the base model predicts flow (ComfyUI: ModelSamplingSD3 with shift 1{at})")
     return ", ".join(words)
 
 

@@ -114,8 +114,18 @@ def _recipe(
     family: str | None,
 ) -> Recipe:
     """The recipe of the new file; ValueError if there is none, or one for another prediction."""
+    if recipe is not None and recipe.prediction == "flow":
+        raise ValueError(
+            f"{lora} was trained on a model that predicts flow, which a merged checkpoint could "
+            "not say: load the LoRA beside its model"
+        )
     prediction, schedule = resolve(checkpoint, statements_of_file(tensors, metadata), "auto")
     zero_snr = schedule.has_zero_terminal_snr
+    if prediction == "flow":
+        raise ValueError(
+            f"{checkpoint} predicts flow; few-step LoRAs are merged into models that predict "
+            "epsilon or v: load the LoRA beside it"
+        )
     if recipe is None and family is None:
         raise ValueError(
             f"{lora} has no recipe; say what it is with --family, one of: {', '.join(FAMILIES)}."

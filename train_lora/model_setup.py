@@ -125,6 +125,13 @@ def build_trainable_unet(
     With several processes full copies are sharded, and this process's part is on `device` already.
     """
     check_optimizer(config.training.optimizer)
+    told = config.sampling.conditioning_timestep
+    if told is not None and components.prediction == "flow":
+        raise ValueError(
+            f"sampling.conditioning_timestep is {told}, but {components.name} predicts flow, which "
+            "gives a picture from pure noise as it is, and no program would tell it another time: "
+            'set it to "none".'
+        )
     unet = build_unet(config, components, device)
     if config.gan.enabled:
         chosen_layers(config.gan, unet.layers)

@@ -17,6 +17,7 @@ from .checkpoint_store import write_text
 from .data.folders import METADATA
 from .data.samples import file_stamp
 from .distributed import wait_for_all
+from .models.markers import PredictionChoice
 from .models.placement import place
 from .models.places import check_model_path
 from .models.roles import STUDENT, TEACHER, SharedUNet
@@ -42,6 +43,8 @@ class RenderRequest:
 
     model: str
     """A file, a diffusers folder, a hub id or "demo"."""
+    prediction: PredictionChoice = "auto"
+    """What the model predicts, where its file does not say it."""
     lora: str | None
     prompts: tuple[str, ...]
     per_prompt: int
@@ -75,6 +78,8 @@ class RenderRequest:
                 "--guidance is the teacher's, and needed for it: give it without --lora (SDXL: 6 "
                 "to 8), leave it out with one, whose guidance is built in."
             )
+        if self.model == DEMO and self.prediction != "auto":
+            raise ValueError("--prediction is for a model from outside; leave it out with demo.")
         if self.model != DEMO:
             check_model_path(self.model)
         if self.lora is not None and not Path(self.lora).is_file():
@@ -197,7 +202,7 @@ def _load(request: RenderRequest, device: torch.device) -> Components:
     from .models.loading import load_components
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return load_components(request.model, dtype=dtype)
+    return load_components(request.model, dtype=dtype, prediction=request.prediction)
 
 
 def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet, Recipe]:
@@ -232,13 +237,6 @@ def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet
     return unet, recipe
 
 
-def _not_trained(request: RenderRequest, recipe: Recipe) -> str:
-    trained = f"at {', '.join(map(str, recipe.timesteps))}"
-    if recipe.trained_steps is not None:
-        trained = "for {} to {} steps".format(*recipe.trained_steps)
-    return f"--lora {request.lora!r} was trained {trained}, and draws in {request.steps} steps"
-
-
 def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
     """As the file says (a student), else DDIM, which other steps than the file's are as well."""
     if request.lora is not None or request.guidance != 1:
@@ -249,6 +247,13 @@ def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
     if components.recipe is not None and request.steps is None:
         return components.recipe
     return Recipe(timesteps=StepPlan.evenly(request.steps or TEACHER_STEPS).timesteps, strength=0)
+
+
+def _not_trained(request: RenderRequest, recipe: Recipe) -> str:
+    trained = f"at {', '.join(map(str, recipe.timesteps))}"
+    if recipe.trained_steps is not None:
+        trained = "for {} to {} steps".format(*recipe.trained_steps)
+    return f"--lora {request.lora!r} was trained {trained}, and draws in {request.steps} steps"
 
 
 def _write_picture(path: Path, image: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """`dmd2` in a hurry, for tests of everything around the networks.
 
-The teacher draws in 2 steps in place of 50, and compiled blocks run as they are traced.
+The teacher draws in 2 steps in place of 50, its pairs are filed by twos, and compiled blocks run as
+they are traced.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         mock.patch("train_lora.validate.TEACHER_STEPS", 2),
         mock.patch("train_lora.data.teacher_images.TEACHER_STEPS", 2),
+        mock.patch("train_lora.data.teacher_pairs.UNIT_PAIRS", 2),
         mock.patch.object(SharedUNet, "compile_blocks", lambda unet: compile_blocks(unet, "eager")),
     ):
         return cli.main(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,13 +29,23 @@ def random_picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
 
 def alexnet_file(folder: Path) -> Path:
     """torchvision's AlexNet with random weights, its large head cut off."""
-    path = folder / "alexnet.pth"
+    return _classifier_file(folder / "alexnet.pth", "alexnet", lambda shape: 0.05)
+
+
+def vgg16_file(folder: Path) -> Path:
+    """torchvision's VGG16 likewise; its many stages keep the signal's size."""
+    return _classifier_file(
+        folder / "vgg16.pth", "vgg16", lambda shape: (2 / (shape[1] * 9)) ** 0.5
+    )
+
+
+def _classifier_file(path: Path, name: str, deviation: Callable[[torch.Size], float]) -> Path:
     with torch.random.fork_rng(), torch.device("meta"):
-        names = torchvision.models.alexnet().features.state_dict()
+        names = getattr(torchvision.models, name)().features.state_dict()
     generator = torch.Generator().manual_seed(0)
     weights = {
         f"features.{name}": torch.randn(value.shape, generator=generator)
-        * (0.05 if value.ndim > 1 else 0.1)
+        * (deviation(value.shape) if value.ndim > 1 else 0.1)
         for name, value in names.items()
     }
     torch.save(weights, path)

@@ -214,6 +214,7 @@ RECIPES["EDM of classes, all layers"] = Recipe(
     settings=OF_CLASSES
     | {
         "data.real_images": "{}/classes",
+        "model.base_precision": "bf16",
         "gan.layers": '["all"]',
         "gan.shared_draw": "true",
         "training.continue_from": "none",  # test_imagenet.py: from a run

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmd2_core import Recipe
 from train_lora import cli, render
+from train_lora.compare import Student, _labels
 from train_lora.demo import scenes, teacher
 from train_lora.demo.classifier import load_classifier
 from train_lora.evaluate import Measures, Networks, evaluate, look
@@ -86,6 +87,53 @@ def test_figures_of_a_folder_are_those_of_its_pixels(tmp_path, drawn, capsys) ->
     assert list(report["left_out"]) == ["patch_fid"]
     assert (report["pictures"], report["prompts"]) == (COUNT, len(set(captions)))
     assert f"{expected['fid']:.4f}" in capsys.readouterr().out
+
+
+class _ForTorchmetrics(torch.nn.Module):
+    """The classifier as torchmetrics wants a network of one's own: bytes in, features out."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = load_classifier()
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network.features(pictures.float() / 127.5 - 1)
+
+
+def test_fid_and_patch_fid_of_two_folders_are_torchmetrics(tmp_path, drawn) -> None:
+    """Larger pictures than the network's 128 px: FID sees them scaled, patch FID their middle."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    generator = torch.Generator().manual_seed(6)
+    real = scenes.draw(scenes.random_scenes(COUNT, generator), generator)
+    pictures = {}
+    for name, images in (("made", drawn[1]), ("real", real)):
+        (tmp_path / name).mkdir()
+        pictures[name] = [to_picture(image).resize((190, 170)) for image in images]
+        for number, picture in enumerate(pictures[name]):
+            picture.save(tmp_path / name / f"{number:03d}.png")
+    argv = ["evaluate", "--images", str(tmp_path / "made"), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--features", "demo", "--reference", str(tmp_path / "real")]) == 0
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["figures"]
+
+    def seen(picture: Image.Image, *, patch: bool) -> Tensor:
+        box = (31, 21, 159, 149) if patch else (10, 0, 180, 170)
+        cut = picture.crop(box).resize((128, 128), Image.Resampling.BICUBIC)
+        return (
+            torch.tensor(list(cut.tobytes()), dtype=torch.uint8).view(128, 128, 3).permute(2, 0, 1)
+        )
+
+    for figure, patch in (("fid", False), ("patch_fid", True)):
+        theirs = FrechetInceptionDistance(feature=_ForTorchmetrics())
+        for name in ("made", "real"):
+            batch = torch.stack([seen(picture, patch=patch) for picture in pictures[name]])
+            theirs.update(batch, real=name == "real")
+        # The same features but for the batch's last bits; covariances of 68 rows, in float64.
+        assert figures[figure] == pytest.approx(float(theirs.compute()), rel=1e-3)
+    assert abs(figures["fid"] - figures["patch_fid"]) > 0.1 * figures["fid"]
 
 
 def test_clip_score_and_lpips_of_a_folder(tmp_path, drawn) -> None:
@@ -283,6 +331,15 @@ def test_comparison_puts_every_system_on_the_same_noise(
     assert len(calls) == 3  # nothing is drawn twice
 
 
+def test_loras_of_equal_names_keep_rows_of_their_own() -> None:
+    """Every run calls its LoRA lora.safetensors."""
+    paths = ["a/lora.safetensors", "b/lora.safetensors", "x.safetensors"]
+    labels = _labels([Student(lora=path) for path in paths])
+    assert labels == ["a/lora", "b/lora", "x"]
+    labels = _labels([Student(lora=path) for path in ["1/a/l", "2/a/l"]])
+    assert labels == ["1: a/l", "2: a/l"]
+
+
 def test_what_is_refused(tmp_path, drawn, capsys) -> None:
     _, images = drawn
     few = write_folder(tmp_path / "few", images[:3], ["a", "b", "c"])
@@ -307,6 +364,9 @@ def test_what_is_refused(tmp_path, drawn, capsys) -> None:
         "'none.txt', which is no file": [*model, "--prompts", "none.txt", "--guidance", "5"],
         "--guidance is the teacher's": told,
         "--size-px is 100": [*told, "--guidance", "5", "--size-px", "100"],
+        "--prediction is for a model from outside": [
+            *told, "--guidance", "5", "--prediction", "flow",
+        ],
         "--per-prompt is 0": [*told, "--guidance", "5", "--per-prompt", "0"],
         "a folder that is not empty": [*told, "--guidance", "5", "--out", str(few)],
         "'Lightning' is none of: DMD2, 4 steps;": [

@@ -6,6 +6,7 @@ The networks have random weights of their true structure: what is compared is th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,16 @@ from train_lora.metrics.picture_folder import pixels, scaled_to, square
 from train_lora.metrics.precision_recall import precision_recall
 from train_lora.metrics.weights import read_weights
 
-from .metric_files import alexnet_file, clip_folder, random_picture
+from .metric_files import alexnet_file, clip_folder, random_picture, vgg16_file
 
 CPU = torch.device("cpu")
 
 
-def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
-    path = alexnet_file(tmp_path)
+@pytest.mark.parametrize(("net", "file"), [("alex", alexnet_file), ("vgg", vgg16_file)])
+def test_lpips_is_torchmetrics(net: str, file: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = file(tmp_path)
     ours = load_lpips(path)
-    theirs = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
+    theirs = _LPIPS(pretrained=True, net=net, pnet_rand=True)
     weights = torch.load(path, weights_only=True)
     for stage in (
         theirs.net.slice1,
@@ -139,6 +141,24 @@ def test_clip_score_is_torchmetrics(tmp_path: Path) -> None:
         # Theirs has a floor of 0 and counts to 100.
         assert max(score, 0) == pytest.approx(float(theirs) / 100, abs=1e-5)
     assert ours.max() > 0.01
+
+
+def test_clip_from_the_hub_is_the_cached_one_or_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real cache layout; offline mode is on in every test."""
+    repository = tmp_path / "models--org--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = clip_folder(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    picture = [random_picture(3)]
+    ours = load_clip("hub:org/clip", CPU).scores(picture, ["a red fox"])
+    assert torch.equal(ours, load_clip(str(folder), CPU).scores(picture, ["a red fox"]))
+    (folder / "model.safetensors").unlink()  # as an interrupted download leaves it
+    with pytest.raises(ValueError, match=r"org/clip' is not in the .* into a folder and name that"):
+        load_clip("hub:org/clip", CPU)
 
 
 def test_a_weights_file_may_hold_nothing_but_tensors(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_contradictions_of_a_file_are_refused(names, metadata, wanted, message):
             "says no zero terminal SNR",
         ),
         ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "auto", "impossible"),
-        ({"prediction_type": "flow"}, "auto", "prediction type 'flow'"),
+        ({"prediction_type": "edm"}, "auto", "prediction type 'edm'"),
         ({"prediction_type": "flow"}, "epsilon", "says flow"),
     ],
 )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 
 import pytest
 
 from train_lora import cli
 from train_lora.config import Config
-from train_lora.config_load import (
-    PRESETS,
-    UNKNOWN,
-    load,
-    load_unfinished,
-    presets,
-    value_of,
-)
+from train_lora.config_effects import value_of
+from train_lora.config_load import PRESETS, UNKNOWN, load, load_unfinished, presets
 from train_lora.sampling import step_plan
 
 PATHS = {
@@ -122,4 +117,5 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "--presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(presets())
-    assert "sdxl-4step-12gb    SDXL in 4 steps on one GPU of 12 GB" in "\n".join(lines)
+    assert any(re.match(r"sdxl-4step-12gb +SDXL in 4 steps on one GPU of 12 GB", x) for x in lines)
+    assert len({re.search(r" {2,}", line).end() for line in lines}) == 1  # in a column

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from train_lora.data.prompts import read_prompts
+from train_lora.data.prompts import read_prompt_file, read_prompts
 from train_lora.data.settings import DataConfig
 
 
@@ -74,6 +74,34 @@ def test_csv_with_quotes_and_line_breaks(tmp_path):
         ValueError, match=r"none of the columns text, caption, prompt; set data.pro"
     ):
         prompts_of(path)
+
+
+def test_partiprompts_as_they_are_published(tmp_path):
+    """Tab-separated, quotes are part of a prompt, and the column is called Prompt."""
+    path = tmp_path / "PartiPrompts.tsv"
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        "bond\tAbstract\tBasic\tBiology-inspired concepts",
+        'A wall. The words "Fly an airplane" are on it.\tOutdoor Scenes\tComplex\t',
+        '"Hello\tAbstract\tWriting & Symbols\t',
+        "a red cube, a blue one \tAbstract\tBasic\t",
+    ]
+    path.write_text("\n".join(rows), "utf-8")
+    expected = [
+        "bond",
+        'A wall. The words "Fly an airplane" are on it.',
+        '"Hello',
+        "a red cube, a blue one",
+    ]
+    assert prompts_of(path) == expected
+    assert read_prompt_file(path, "--prompts") == expected
+    assert prompts_of(path, prompt_column="Category")[0] == "Abstract"
+    path.write_text("Id\tCategory\n1\tAbstract\n")
+    with pytest.raises(ValueError, match=r"set the caption's name to one of Id, Category"):
+        read_prompt_file(path, "--prompts")
+    (tmp_path / "p.pdf").write_text("a")
+    with pytest.raises(ValueError, match=r"--prompts is .*\.pdf', whose format is unknown"):
+        read_prompt_file(tmp_path / "p.pdf", "--prompts")
 
 
 def test_parquet(tmp_path):

@@ -1,4 +1,4 @@
-"""One-step SDXL's preset in one process and in two: its pairs, its gradients, going on with it.
+"""One-step SDXL's preset in one process and in two: pairs, gradients; gone on with anywhere.
 
 The embedded teacher takes SDXL's place, with LPIPS of its decoded pictures.
 """
@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train import hasty
 from tests.train.launching import finish
-from train_lora.cli import main
 from train_lora.models.safetensors_io import read_safetensors
 
 from .metric_files import alexnet_file
@@ -26,10 +26,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo, as in tes
 ITERATIONS = 4
 
 
-def arguments(folder: Path, pairs: Path) -> list[str]:
+def arguments(folder: Path, pairs: Path, run: Path) -> list[str]:
     """Two of regression, one of the critic alone, one of DMD that keeps the regression."""
     settings = {
         "model.path": "demo",
+        "output.directory": run,
         "data.prompts": folder / "prompts.txt",
         "data.resolution_px": 128,
         "distribution_matching.guidance": 2.0,
@@ -38,11 +39,11 @@ def arguments(folder: Path, pairs: Path) -> list[str]:
         "critic.rank": 2,
         "critic.warmup_iterations": 1,
         "regression.pairs": pairs,
-        "regression.num_pairs": 34,  # two files, one for each process
+        "regression.num_pairs": 4,  # two files, one for each process
         "regression.teacher_steps": 1,
         "regression.warmup_iterations": 2,
-        # The step after it sees nearly the same weights: Adam's first steps are nearly signs, which
-        # the last bits decide where a gradient is about 0.
+        # So that later steps see nearly the same weights: Adam's first steps are nearly signs,
+        # which the last bits decide where a gradient is about 0.
         "regression.learning_rate": 1e-7,
         "regression.loss": "lpips",
         "regression.lpips_weights": folder / "alexnet.pth",
@@ -76,12 +77,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
     (folder / "prompts.txt").write_text("".join(captions))
     for number in (1, 2):
         pairs, run = folder / f"pairs{number}", folder / f"run{number}"
-        argv = arguments(folder, pairs)
-        printed = finish(main, ["pairs", *argv], processes=number)
+        argv = arguments(folder, pairs, run)
+        printed = finish(hasty.main, ["pairs", *argv], processes=number)
         # Twice would mean two processes that each think they are alone.
         assert printed.count("report.json") == 1
-        sizes = [f"--training.batch_size={4 // number}", f"--output.directory={run}"]
-        finish(main, ["train", *argv, *sizes], processes=number)
+        batch = f"--training.batch_size={4 // number}"
+        finish(hasty.main, ["train", *argv, batch], processes=number)
         found.append(Made(pairs=pairs, run=run))
     return found
 
@@ -121,8 +122,9 @@ def test_two_processes_give_the_student_the_gradient_of_one(
         means.append(torch.cat(list(parts)))
     one, two = means
     assert one.norm() > 0
-    # Of the second, the critic's first step lies before it, which has signs as well.
-    assert (one - two).norm() < (1e-5 if iteration == 1 else 1e-3) * one.norm()
+    # LPIPS has kinks (ReLU, pooling): changing latents by 1e-7 was seen to change the gradient of
+    # this network by 2e-3. A part of the batch lost or counted twice changes it by far more.
+    assert (one - two).norm() < 1e-2 * one.norm()
 
 
 @pytest.mark.parametrize("iteration", [1, 2, 3])
@@ -132,6 +134,6 @@ def test_the_preset_goes_on_from_each_stage_to_the_same_file(
     """Within the regression, at its end, and with the critic begun; by the command."""
     run = tmp_path / "run"
     shutil.copytree(made[0].run, run)
-    assert main(["train", "--resume", str(run / "checkpoints" / f"{iteration:06d}")]) == 0
+    assert hasty.main(["train", "--resume", str(run / "checkpoints" / f"{iteration:06d}")]) == 0
     again = (run / "lora.safetensors").read_bytes()
     assert again == (made[0].run / "lora.safetensors").read_bytes()

@@ -200,7 +200,6 @@ def test_samples_in_one_step_come_closer_to_the_teachers(
 
 
 @pytest.mark.parametrize("name", ["one_step", "four_steps"])
-@torch.no_grad()
 def test_the_critic_has_learnt_the_students_samples(
     drawing: Components, name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -220,12 +219,10 @@ def test_the_critic_has_learnt_the_students_samples(
             add_noise(model.schedule, x0, eps, t),
             coefficients(model.schedule, t, x0),
         )
-        errors = {}
+        v, errors = alpha * eps - sigma * x0, {}
         for role in (TEACHER, CRITIC):
-            with unet.role(role):
-                errors[role] = float(
-                    (unet(x_t, t, condition) - (alpha * eps - sigma * x0)).square().mean()
-                )
+            with unet.role(role), torch.no_grad():
+                errors[role] = float((unet(x_t, t, condition) - v).square().mean())
         print(name, run.name, errors)
         assert errors[CRITIC] < 0.8 * errors[TEACHER]
 
@@ -268,12 +265,12 @@ def test_resuming_and_exporting_the_second_need_the_first_no_more(
 # -- on the embedded teacher's structure: what is taken and what begins anew -----------------------
 
 
-def saved(directory: Path, **overrides: object) -> tuple[Trainer, Path]:
-    trainer = small_trainer(directory, **overrides)
+def saved(trainer: Trainer) -> Path:
+    """Its checkpoint, after an iteration."""
     trainer.iterate(0)
     trainer.iteration = 1
     trainer.save()
-    return trainer, directory / "checkpoints" / "000001"
+    return trainer.checkpoints.run / "checkpoints" / "000001"
 
 
 def head_of(trainer: Trainer) -> list[Tensor]:
@@ -282,7 +279,8 @@ def head_of(trainer: Trainer) -> list[Tensor]:
 
 
 def test_the_same_gan_goes_on_and_the_average_keeps_its_pace(tmp_path: Path) -> None:
-    old, checkpoint = saved(tmp_path / "one")
+    old = small_trainer(tmp_path / "one")
+    checkpoint = saved(old)
     new = small_trainer(tmp_path / "two", gan__generator_weight=0.1, training__seed=5)
     assert not all(map(torch.equal, head_of(new), head_of(old)))
     continue_from(new, checkpoint)
@@ -298,7 +296,8 @@ def test_the_same_gan_goes_on_and_the_average_keeps_its_pace(tmp_path: Path) -> 
 def test_a_new_gan_has_a_new_head_and_none_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    without, checkpoint = saved(tmp_path / "one", gan__enabled="false")
+    without = small_trainer(tmp_path / "one", gan__enabled="false")
+    checkpoint = saved(without)
     caplog.set_level(logging.INFO)
     new = small_trainer(tmp_path / "two")
     head = [tensor.clone() for tensor in head_of(new)]
@@ -306,8 +305,8 @@ def test_a_new_gan_has_a_new_head_and_none_is_left_out(
     assert all(map(torch.equal, head_of(new), head))
     assert "the discriminator's head starts anew" in caplog.text
     assert torch.equal(weights(new, "critic"), weights(without, "critic"))
-    with_gan, checkpoint = saved(tmp_path / "three")
-    continue_from(without, checkpoint)
+    with_gan = small_trainer(tmp_path / "three")
+    continue_from(without, saved(with_gan))
     assert torch.equal(weights(without, "critic"), weights(with_gan, "critic"))
 
 
@@ -315,16 +314,17 @@ def test_what_an_earlier_run_started_from_is_told_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its licence reaches every later stage."""
-    _, checkpoint = saved(tmp_path / "one", student__init=tmp_path / "few.safetensors")
+    first = small_trainer(tmp_path / "one")
+    student = replace(first.config.student, init=str(tmp_path / "few.safetensors"))
+    first.config = replace(first.config, student=student)
+    checkpoint = saved(first)
     caplog.set_level(logging.INFO)
     second = small_trainer(tmp_path / "two")
     continue_from(second, checkpoint)
     assert "warm start of the student from few.safetensors" in caplog.text
-    second.iteration = 1
-    second.save()
     caplog.clear()
     third = small_trainer(tmp_path / "three")
-    continue_from(third, tmp_path / "two" / "checkpoints" / "000001")
+    continue_from(third, saved(second))
     assert "warm start of the student from few.safetensors" in caplog.text
     assert third.earlier["earlier"]["student"]["init"] == "few.safetensors"
 

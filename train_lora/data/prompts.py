@@ -15,13 +15,16 @@ from .rows import (
     pick_column,
     read_csv,
     read_jsonl,
+    read_tsv,
 )
 
 if TYPE_CHECKING:
     from .settings import DataConfig
 
 KEY = "data.prompts"
-KINDS = ".txt, .jsonl, .csv or .parquet file, or a folder that datasets.save_to_disk wrote"
+FILES = ".txt, .jsonl, .csv, .tsv or .parquet file"
+KINDS = f"{FILES}, or a folder that datasets.save_to_disk wrote"
+_TABLES = {".csv": read_csv, ".tsv": read_tsv}
 
 
 def read_prompts(settings: DataConfig) -> list[str]:
@@ -41,32 +44,46 @@ def read_prompts(settings: DataConfig) -> list[str]:
             "or write hub:OWNER/NAME for a dataset of the Hugging Face hub."
         )
     else:
-        found = _of_file(path, settings)
+        found = _of_file(path, KEY, "data.prompt_column", settings.prompt_column, KINDS)
+    return _captions(found, KEY, source)
+
+
+def read_prompt_file(path: Path, key: str) -> list[str]:
+    """The captions of a file, as `read_prompts` reads one, of which `key` (for errors) says no
+    column."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{key} is {str(path)!r}, which is no file; name a {FILES}.")
+    return _captions(_of_file(path, key, "the caption's name", None, FILES), key, str(path))
+
+
+def _captions(found: Iterable[Any], key: str, source: str) -> list[str]:
     prompts = [text.strip() for text in found if isinstance(text, str) and text.strip()]
     if not prompts:
-        raise ValueError(f"{KEY} {source!r} has no caption; write at least one.")
+        raise ValueError(f"{key} {source!r} has no caption; write at least one.")
     return prompts
 
 
-def _of_file(path: Path, settings: DataConfig) -> Iterable[Any]:
-    suffix, wanted = path.suffix.lower(), settings.prompt_column
+def _of_file(
+    path: Path, key: str, column_key: str, wanted: str | None, kinds: str
+) -> Iterable[Any]:
+    suffix = path.suffix.lower()
     if suffix == ".txt":
-        return _lines(path)
+        return _lines(path, key)
     if suffix == ".jsonl":
         return (
-            row[pick_column(row, wanted, "data.prompt_column", f"{path}, line {number}")]
-            for number, row in read_jsonl(path, KEY)
+            row[pick_column(row, wanted, column_key, f"{path}, line {number}")]
+            for number, row in read_jsonl(path, key)
         )
-    if suffix == ".csv":
+    if suffix in _TABLES:
         return (
-            row[pick_column(row, wanted, "data.prompt_column", str(path))]
-            for row in read_csv(path, KEY)
+            row[pick_column(row, wanted, column_key, str(path))]
+            for row in _TABLES[suffix](path, key)
         )
     if suffix == ".parquet":
         table = ParquetRows([path])
-        column = pick_column(table.columns, wanted, "data.prompt_column", str(path))
+        column = pick_column(table.columns, wanted, column_key, str(path))
         return (row[column] for row in table.iterate([column]))
-    raise ValueError(f"{KEY} is {str(path)!r}, whose format is unknown; name a {KINDS}.")
+    raise ValueError(f"{key} is {str(path)!r}, whose format is unknown; name a {kinds}.")
 
 
 def _of_dataset(settings: DataConfig) -> Iterable[Any]:
@@ -77,17 +94,7 @@ def _of_dataset(settings: DataConfig) -> Iterable[Any]:
     return (row[column] for row in dataset.select_columns([column]))
 
 
-def read_prompt_lines(path: Path, key: str) -> list[str]:
-    """The lines of a text file without blank ends; empty ones are skipped. `key`: for errors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{key} is {str(path)!r}, which is no file; name a .txt file.")
-    prompts = [text.strip() for text in _lines(path, key) if text.strip()]
-    if not prompts:
-        raise ValueError(f"{key} {str(path)!r} has no prompt; write at least one.")
-    return prompts
-
-
-def _lines(path: Path, key: str = KEY) -> list[str]:
+def _lines(path: Path, key: str) -> list[str]:
     try:
         return path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

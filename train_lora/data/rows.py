@@ -1,4 +1,4 @@
-"""Tables that users bring: JSON lines, CSV, parquet and Hugging Face datasets, as rows."""
+"""Tables that users bring: JSON lines, CSV, TSV, parquet and Hugging Face datasets, as rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def pick_column(
     source: str,
     candidates: Sequence[str] = CAPTION_COLUMNS,
 ) -> str:
-    """`wanted`, or the first of the candidates that `names` has; ValueError naming `key`."""
+    """`wanted`, or the first of the candidates that `names` has; ValueError naming `key`.
+
+    Capitals count only where two names differ in nothing else: PartiPrompts has a "Prompt".
+    """
     names = list(names)
     if wanted is not None:
         if wanted in names:
@@ -35,13 +38,17 @@ def pick_column(
         for name in candidates:
             if name in names:
                 return name
+        folded = {name.casefold(): name for name in reversed(names)}
+        for name in candidates:
+            if name in folded:
+                return folded[name]
         problem = f"has none of the columns {', '.join(candidates)}"
     raise ValueError(
         f"{source} {problem}; set {key} to one of {', '.join(names) or 'its columns'}."
     )
 
 
-# JSON lines and CSV
+# JSON lines, CSV and TSV
 
 
 def read_jsonl(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -66,6 +73,11 @@ def read_csv(path: Path, key: str) -> Iterator[dict[str, Any]]:
         yield from csv.DictReader(_text_lines(path, key), strict=True)
     except csv.Error as error:
         raise ValueError(f"{key} {str(path)!r} is not valid CSV ({error}); mend it.") from error
+
+
+def read_tsv(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file of tab-separated columns, named in its first line; quotes are text."""
+    yield from csv.DictReader(_text_lines(path, key), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _text_lines(path: Path, key: str) -> Iterator[str]:

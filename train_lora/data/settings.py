@@ -17,8 +17,8 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
 
     prompts: str
-    """Training captions: a .txt file with one on each line, a .jsonl, .csv or .parquet file, a
-    folder that datasets.save_to_disk wrote, hub:OWNER/NAME for a dataset of the Hugging Face hub,
+    """Training captions: a .txt file with one on each line, a .jsonl, .csv, .tsv or .parquet file,
+    a folder that datasets.save_to_disk wrote, hub:OWNER/NAME for a dataset of the Hugging Face hub,
     or "demo" for those of drawn scenes. "classes" beside an EDM teacher (docs/imagenet.md), which
     is told class numbers."""
 

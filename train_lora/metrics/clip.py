@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from ..data.rows import HUB
+from ..models.building import first_line
+from ..models.hub import is_of_the_hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PREFIX = "A photo depicts "
 """What every caption begins with. Source: Hessel et al., arXiv 2104.08718, section 3."""
+WEIGHTS = "model*.safetensors"
 PAPERS = "hub:laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 
 
@@ -55,14 +58,12 @@ def load_clip(choice: str, device: torch.device) -> ClipScorer:
             f"--clip is {choice!r}, which is no folder with a config.json. Nothing is downloaded "
             f"unasked: name the folder of a CLIP model, or {PAPERS} (the paper's)."
         )
+    folder = Path(choice) if local else _snapshot(choice)
     from transformers import CLIPModel, CLIPProcessor
 
-    name = choice.removeprefix(HUB)
-    if not local:
-        print(f"Taking {name} from the Hugging Face cache or huggingface.co ...", file=sys.stderr)
     try:
-        model = CLIPModel.from_pretrained(name, local_files_only=local, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(name, local_files_only=local)
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -70,3 +71,29 @@ def load_clip(choice: str, device: torch.device) -> ClipScorer:
             "config, .safetensors weights, tokenizer and preprocessor_config.json."
         ) from error
     return ClipScorer(model.eval().requires_grad_(False).to(device), processor)
+
+
+def _snapshot(choice: str) -> Path:
+    """The cached folder of hub:OWNER/NAME; what the cache lacks is downloaded."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name = choice.removeprefix(HUB)
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "preprocessor_config.json").is_file() and any(cached.glob(WEIGHTS)):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    print(f"Downloading {name} from huggingface.co into the Hugging Face cache", file=sys.stderr)
+    try:
+        HfApi().model_info(name)  # says at once what a download says after minutes of trying
+        return Path(snapshot_download(name, allow_patterns=["*.json", "merges.txt", WEIGHTS]))
+    except Exception as error:
+        if not is_of_the_hub(error):
+            raise
+        raise ValueError(
+            f"--clip {choice!r} is not in the Hugging Face cache and cannot be had from "
+            f"huggingface.co ({type(error).__name__}: {first_line(error)}): check the name and the "
+            f"connection, or put its files ({WEIGHTS} and all .json) into a folder and name that"
+        ) from error

@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd2_core.schedule import NUM_TIMESTEPS
+
 from . import convert
 from .building import REMEDY, LoadedNetworks, first_line, read_json
 from .components import Kind
 from .fingerprint import weights_hash
-from .markers import statements_of_scheduler
+from .markers import is_flow_scheduler, statements_of_scheduler
 from .names import unet_kind
 from .safetensors_io import read_safetensors
 
 INDEX = "model_index.json"
 _KINDS: dict[str, Kind] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
-_SCHEDULE = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
-}
+_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def load_folder(path: Path, dtype: torch.dtype) -> LoadedNetworks:
@@ -113,7 +110,8 @@ def _hash(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _read_scheduler(path: Path) -> dict[str, Any]:
     config = read_json(path)
-    for key, value in _SCHEDULE.items():
+    steps = {"num_train_timesteps": NUM_TIMESTEPS}
+    for key, value in (steps if is_flow_scheduler(config) else _BETAS | steps).items():
         if config.get(key) != value:
             raise ValueError(
                 f"{path} has {key} {config.get(key)!r}, SDXL's and SD1.5's is {value!r}: {REMEDY}"

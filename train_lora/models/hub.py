@@ -42,12 +42,16 @@ def snapshot(repository: str) -> Path:
             file=sys.stderr,
         )
         return Path(snapshot_download(repository, allow_patterns=wanted))
-    except OSError as error:  # of huggingface_hub and of the connection below it
-        raise _not_reached(repository, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "huggingface_hub"):
+        if is_of_the_hub(error):
             raise _not_reached(repository, error) from error
         raise
+
+
+def is_of_the_hub(error: Exception) -> bool:
+    """Whether it comes from huggingface_hub or from the connection below it."""
+    kinds = ("httpx", "httpx2", "huggingface_hub")
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in kinds
 
 
 def _not_reached(repository: str, error: Exception) -> ValueError:

@@ -12,6 +12,7 @@ import torch
 
 from .components import Components
 from .edm_teacher import is_edm_file, load_edm_components
+from .flow import tell_flow_time
 from .folder import load_folder
 from .hub import snapshot
 from .markers import PredictionChoice, resolve
@@ -49,6 +50,8 @@ def load_components(
         return load_edm_components(found, name)
     loaded = (load_folder if found.is_dir() else load_single_file)(found, dtype)
     kind_of_prediction, schedule = resolve(Path(path), loaded.statements, prediction)
+    if kind_of_prediction == "flow":
+        tell_flow_time(loaded.unet)
     _check_text_encoders(found, loaded.text_encoders)
     for network in (loaded.unet, loaded.vae, *loaded.text_encoders):
         network.requires_grad_(False).eval()

@@ -1,7 +1,8 @@
 """What a model file says about its own prediction type, and what follows from it.
 
 A file may say it in several places: empty tensors (the ComfyUI habit), safetensors metadata, a
-diffusers scheduler config. A file that says nothing is an epsilon model, as it always was.
+diffusers scheduler config. A file that says nothing is an epsilon model, as it always was. Single
+files of flow models say nothing, or are called epsilon by the tool that wrote them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from dmd2_core import Prediction, VPSchedule
+from dmd2_core import Prediction, SteppedSchedule, VPSchedule
 
-PredictionChoice = Literal["auto", "epsilon", "v", "v-zero-snr"]
+PredictionChoice = Literal["auto", "epsilon", "v", "v-zero-snr", "flow"]
 """What `model.prediction` may be; "auto": what the file says."""
 
 V_TENSOR, ZERO_SNR_TENSOR = "v_pred", "ztsnr"
 _METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
-_SPELLINGS = {"v_prediction": "v", "v-prediction": "v", "vpred": "v", "eps": "epsilon"}
+_SPELLINGS = {
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "vpred": "v",
+    "eps": "epsilon",
+    "flow_prediction": "flow",
+}
+_CHOSEN = {"epsilon": "epsilon", "v": "v", "v-zero-snr": "v", "flow": "flow"}
 _V_IN_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
+_FLOW_IN_NAME = re.compile(r"(?<![a-z])rectified[-_ ]?flow", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +60,13 @@ def statements_of_file(names: Collection[str], metadata: Mapping[str, str]) -> l
 def statements_of_scheduler(config: Mapping[str, Any]) -> list[Statement]:
     """What a diffusers scheduler_config.json says."""
     statements = []
+    if is_flow_scheduler(config):
+        statements.append(
+            Statement(
+                source="_class_name in scheduler/scheduler_config.json",
+                prediction="flow",
+            )
+        )
     if config.get("prediction_type") is not None:
         said = str(config["prediction_type"])
         statements.append(
@@ -69,9 +85,14 @@ def statements_of_scheduler(config: Mapping[str, Any]) -> list[Statement]:
     return statements
 
 
+def is_flow_scheduler(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler_config.json is of one of diffusers' flow matching schedulers."""
+    return str(config.get("_class_name")).startswith("FlowMatch")
+
+
 def resolve(
     path: Path, statements: Iterable[Statement], wanted: PredictionChoice
-) -> tuple[Prediction, VPSchedule]:
+) -> tuple[Prediction, VPSchedule | SteppedSchedule]:
     """What the network predicts and on which schedule.
 
     An explicit choice fills in what the file leaves open and decides where the file contradicts
@@ -81,13 +102,15 @@ def resolve(
     if wanted == "auto":
         prediction, zero_snr = _as_the_file_says(path, statements)
     else:
-        prediction, zero_snr = ("epsilon" if wanted == "epsilon" else "v"), wanted == "v-zero-snr"
+        prediction, zero_snr = _CHOSEN[wanted], wanted == "v-zero-snr"
         _refuse_contradiction(path, statements, prediction, zero_snr, wanted)
-    if prediction not in get_args(Prediction) or prediction == "flow":
+    if prediction not in get_args(Prediction):
         raise ValueError(
             f"{path} is a model of prediction type {prediction!r}, which cannot be distilled here: "
-            "give one that predicts epsilon or v"
+            "give one that predicts epsilon, v or flow"
         )
+    if prediction == "flow":
+        return "flow", SteppedSchedule.flow()
     if zero_snr and prediction == "epsilon":
         raise ValueError(
             f"{path} says zero terminal SNR for a model that predicts epsilon, which is impossible "
@@ -104,12 +127,17 @@ def _as_the_file_says(path: Path, statements: list[Statement]) -> tuple[str, boo
         said = " but ".join(f"{source} says {what}" for what, source in predictions.items())
         raise ValueError(
             f"{path} contradicts itself, {said}: "
-            'set model.prediction to "epsilon", "v" or "v-zero-snr"'
+            'set model.prediction to "epsilon", "v", "v-zero-snr" or "flow"'
         )
     if not predictions and _V_IN_NAME.search(path.name):
         raise ValueError(
             f"{path} is called a v-prediction model, but nothing in it says so: "
             'set model.prediction to "v-zero-snr", "v" or "epsilon"'
+        )
+    if set(predictions) <= {"epsilon"} and _FLOW_IN_NAME.search(path.name):
+        raise ValueError(
+            f"{path} is called a rectified flow model, but nothing in it says so: "
+            'set model.prediction to "flow" or "epsilon"'
         )
     return next(iter(predictions), "epsilon"), next(iter(zero_snr), False)
 
@@ -122,6 +150,8 @@ def _refuse_contradiction(
     wanted: PredictionChoice,
 ) -> None:
     predictions = {s.prediction: s.source for s in statements if s.prediction is not None}
+    if prediction == "flow" and predictions.get("epsilon", "").startswith("its metadata"):
+        del predictions["epsilon"]  # sd-scripts writes that for all but v
     snrs = {s.zero_snr: s.source for s in statements if s.zero_snr is not None}
     against: tuple[str, str] | None = None
     if predictions and prediction not in predictions:

@@ -29,6 +29,8 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
     """
     from safetensors import SafetensorError
 
+    _refuse_flow(components)
+
     assert not getattr(components.unet, "peft_config", None), "save before adding adapters"
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -45,6 +47,15 @@ def save_diffusers_folder(components: Components, path: str | Path) -> None:
         if path.exists():
             path.rmdir()
         (Path(temporary) / "model").rename(path)
+
+
+def _refuse_flow(components: Components) -> None:
+    """No pipeline of SDXL or SD1.5, and no mark in a single file, tells that a model is of flow."""
+    if components.prediction == "flow":
+        raise ValueError(
+            f"{components.name} predicts flow, which a saved checkpoint cannot say, so that "
+            'programs would take it for another kind: train a LoRA instead (student.kind "lora")'
+        )
 
 
 def _pipeline(components: Components) -> Any:
@@ -146,6 +157,7 @@ def check_conventions(components: Components) -> None:
 
 def _marks(components: Components) -> list[str]:
     """The empty tensors by which ComfyUI knows v-prediction and zero terminal SNR."""
+    _refuse_flow(components)
     kind = (components.prediction, components.schedule.has_zero_terminal_snr)
     known = {
         ("epsilon", False): [],
