@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .checkpoint_store import write_text
 from .config import SECTIONS, Config
-from .config_load import from_dict, ineffective_keys, value_of
+from .config_effects import ineffective_keys, value_of
+from .config_load import from_dict
 from .config_section import show_value
 from .models.safetensors_io import read_safetensors, write_safetensors
 from .regression_losses import PerceptualLoss

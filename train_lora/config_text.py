@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from .config import SECTIONS, Config
-from .config_load import TYPES, UNKNOWN, LoadedConfig, ineffective_keys, value_of
+from .config_effects import ineffective_keys, value_of
+from .config_load import TYPES, UNKNOWN, LoadedConfig
 from .config_section import Section, show_value
 from .config_values import describe_type
 

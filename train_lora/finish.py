@@ -16,7 +16,7 @@ import torch
 from dmd2_core import Recipe
 
 from .config import Config
-from .config_load import ineffective_keys
+from .config_effects import ineffective_keys
 from .data.training_data import encode_captions
 from .export import export_lora, write_lora
 from .extract import extract_lora

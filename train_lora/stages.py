@@ -16,7 +16,8 @@ from .best import protected_checkpoints
 from .checkpoint import AVERAGE, CRITIC_WEIGHTS, STUDENT_WEIGHTS, place_tensors, read_state
 from .checkpoint_store import complete_at, newest_complete
 from .config import Config
-from .config_load import from_dict, ineffective_keys, value_of
+from .config_effects import ineffective_keys, value_of
+from .config_load import from_dict
 from .config_section import show_value
 from .distributed import largest
 from .finish import trained_with

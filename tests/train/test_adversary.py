@@ -16,9 +16,10 @@ from dmd2_core import Divergence, LayerHeads, MiddleBlockHead, add_noise, derive
 from train_lora.checkpoint import check_config, read_state, restore
 from train_lora.config_load import load
 from train_lora.config_losses import DistributionMatchingConfig
-from train_lora.distill import Batch, Distiller
+from train_lora.distill import Batch, Distiller, StudentSample
 from train_lora.draws import Draws, randn_like, random_timesteps, sample_draws
 from train_lora.loop import HEAD_STREAM
+from train_lora.matching import matching_gradient
 from train_lora.models.passes import Passes
 
 from .tiny import SMALL, demo_config, random_batch, random_distiller, small_trainer
@@ -228,7 +229,8 @@ def test_the_divergence_weights_each_sample_by_its_logit_at_the_same_noise(
     settings = {"distribution_matching__divergence": "forward-kl", "gan__features": features}
     distiller = made(tmp_path, **settings)
     x = batch.real.latents
-    gradients = [d._matching_gradient(x, batch.condition, draws()) for d in (plain, distiller)]
+    sample = StudentSample(x0=x, condition=batch.condition, timestep=499)
+    gradients = [matching_gradient(d, sample, draws()) for d in (plain, distiller)]
     one = draws()
     t = random_timesteps(20, 980, x, one)
     x_t = add_noise(distiller.components.schedule, x, randn_like(x, one), t)
@@ -241,7 +243,7 @@ def test_the_divergence_weights_each_sample_by_its_logit_at_the_same_noise(
     distiller.adversary.settle()
     mean = 0.9 * 1 + 0.1 * logits.exp().mean()
     assert distiller.adversary.mean_weight == pytest.approx(float(mean), rel=1e-6)
-    again = distiller._matching_gradient(x, batch.condition, draws())
+    again = matching_gradient(distiller, sample, draws())
     torch.testing.assert_close(again, gradients[1] / mean)
     assert plain.adversary.settle() == {}
 

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 
 from train_lora.config import Config, DataConfig, ModelConfig, OutputConfig
-from train_lora.config_load import (
-    ABLATIONS,
-    DEFAULTS,
-    TYPES,
-    ineffective_keys,
-    load,
-    resolve_key,
-    value_of,
-)
+from train_lora.config_effects import ineffective_keys, value_of
+from train_lora.config_load import ABLATIONS, DEFAULTS, TYPES, load, resolve_key
 from train_lora.config_section import Bounds
 
 REQUIRED = (

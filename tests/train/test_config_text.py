@@ -10,16 +10,8 @@ import pytest
 
 from train_lora import config_text
 from train_lora.config import SECTIONS
-from train_lora.config_load import (
-    ABLATIONS,
-    TYPES,
-    from_dict,
-    ineffective_keys,
-    load,
-    load_unfinished,
-    read_toml,
-    value_of,
-)
+from train_lora.config_effects import ineffective_keys, value_of
+from train_lora.config_load import ABLATIONS, TYPES, from_dict, load, load_unfinished, read_toml
 
 CONFIGS = {
     "demo": lambda: load(preset="demo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.diversity import VARIANTS, run_of, table
-from train_lora.config_load import value_of
+from train_lora.config_effects import value_of
 
 
 def test_every_variant_changes_the_demo_as_it_says(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import tomllib
 import pytest
 
 from train_lora.config import Config
-from train_lora.config_load import PRESETS, UNKNOWN, load, value_of
+from train_lora.config_effects import value_of
+from train_lora.config_load import PRESETS, UNKNOWN, load
 from train_lora.sampling import step_plan
 
 SHORT, FIRST, SECOND = "imagenet64", "imagenet64-long-stage1", "imagenet64-long-stage2"

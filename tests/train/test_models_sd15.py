@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dmd2_core import Recipe, VPSchedule
+from train_lora.distill import StudentSample
 from train_lora.export import export_lora, load_lora_into, read_lora
+from train_lora.matching import matching_gradient
 from train_lora.models import sd15_config
 from train_lora.models.components import Components
 from train_lora.models.convert import components_to_file, unet_to_file
@@ -241,7 +243,8 @@ def test_the_teachers_guidance_starts_from_the_encoded_empty_caption(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
     )
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(4))
-    distiller._matching_gradient(x, condition, [torch.Generator().manual_seed(4)])
+    sample = StudentSample(x0=x, condition=condition, timestep=999)
+    matching_gradient(distiller, sample, [torch.Generator().manual_seed(4)])
     hook.remove()
     rows = torch.cat(seen)
     assert any(torch.equal(row, model.empty_prompt[0]) for row in rows)

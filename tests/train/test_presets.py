@@ -9,14 +9,8 @@ import pytest
 
 from train_lora import cli
 from train_lora.config import Config
-from train_lora.config_load import (
-    PRESETS,
-    UNKNOWN,
-    load,
-    load_unfinished,
-    presets,
-    value_of,
-)
+from train_lora.config_effects import value_of
+from train_lora.config_load import PRESETS, UNKNOWN, load, load_unfinished, presets
 from train_lora.sampling import step_plan
 
 PATHS = {

@@ -16,7 +16,8 @@ from dmd2_core import StepPlan, coefficients
 from train_lora import prepare
 from train_lora.checkpoint import check_config, read_state, restore, tensors_of
 from train_lora.config import Config
-from train_lora.config_load import ineffective_keys, load
+from train_lora.config_effects import ineffective_keys
+from train_lora.config_load import load
 from train_lora.config_text import to_toml
 from train_lora.data.demo_data import demo_captions
 from train_lora.data.encode import Part

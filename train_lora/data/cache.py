@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..config_load import value_of
+from ..config_effects import value_of
 from ..config_section import show_value
 from ..models.components import Components
 from ..models.fingerprint import weights_hash
