@@ -226,7 +226,7 @@ RECIPES["EDM of classes, without GAN"] = Recipe(
     tolerance=IN_BF16,
     settings=OF_CLASSES
     | {
-        "model.base_precision": "bf16",  # else critic and teacher are the same at first: no gradient
+        "model.base_precision": "bf16",  # else the critic is the teacher at first
         "validation.every": 1,
         "validation.num_prompts": 2,
     },
