@@ -25,10 +25,11 @@ from train_lora.loop import Trainer
 from train_lora.metrics.picture_folder import pixels
 from train_lora.model_setup import load_model
 from train_lora.models.class_condition import ClassCondition
-from train_lora.models.edm_network import load_edm
+from train_lora.models.edm_network import load_edm, save_edm
 from train_lora.models.loading import load_components
 from train_lora.models.roles import CRITIC, FullSpec, SharedUNet
 from train_lora.models.safetensors_io import read_safetensors
+from train_lora.render import RenderRequest, _network
 from train_lora.sampling import sample_latents
 from train_lora.trainer import build_trainer
 
@@ -416,3 +417,30 @@ def test_drawing_takes_no_lora_and_no_guidance(
     argv += ["--guidance", "2", "--out", str(tmp_path / "figures")]
     assert cli.main(argv) == 2
     assert "takes no LoRA and no guidance" in capsys.readouterr().err
+
+
+def test_a_students_file_says_how_it_is_drawn_and_a_teachers_is_drawn_by_ddim(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe = Recipe(timesteps=(999,), prediction="sample")
+    student = tmp_path / "student.safetensors"
+    save_edm(random_teacher(), student, recipe.to_metadata())
+
+    def drawn(model: Path, steps: int | None) -> Recipe:
+        request = RenderRequest(
+            model=str(model),
+            lora=None,
+            prompts=("0",),
+            per_prompt=1,
+            seed=0,
+            steps=steps,
+            guidance=1.0,
+            size_px=None,
+        )
+        return _network(request, load_components(model))[1]
+
+    assert drawn(student, None) == recipe
+    for model, strength in ((student, 1.0), (files[0], 0.0)):
+        found = drawn(model, 2)
+        assert (found.timesteps, found.strength) == ((999, 499), strength)
+    assert len(drawn(files[0], None).timesteps) == 50
