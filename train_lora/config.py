@@ -25,7 +25,7 @@ from .config_results import (
     ValidationConfig,
 )
 from .config_sampling import BackwardSimulationConfig, SamplingConfig
-from .config_section import Section, show_value
+from .config_section import NUM_TIMESTEPS, Section, show_value
 from .config_training import TrainingConfig
 from .data.settings import DataConfig
 
@@ -173,6 +173,26 @@ class Config:
                 f"diversity_anchor.weight is {self.diversity_anchor.weight}, which leaves the "
                 "first step to the anchor alone, but the student has no other; set "
                 "sampling.steps to 2 or more, or diversity_anchor.weight to 0."
+            )
+        if self.diversity_anchor.weight > 0 and self.sampling.random_steps is not None:
+            self._check_anchor_of_random_steps(*self.sampling.random_steps)
+
+    def _check_anchor_of_random_steps(self, fewest: int, most: int) -> None:
+        """Every plan that may be drawn needs a later step, and the teacher a way down to it."""
+        told = f"sampling.random_steps is {show_value(self.sampling.random_steps)}"
+        if fewest == 1:
+            raise ValueError(
+                f"{told}, but diversity_anchor.weight is {self.diversity_anchor.weight}, which "
+                "leaves the first step to the anchor alone; begin at 2, or set "
+                "diversity_anchor.weight to 0."
+            )
+        shortest = NUM_TIMESTEPS // (2 * most)  # from 999 to the highest second timestep
+        steps = self.diversity_anchor.teacher_steps
+        if self.diversity_anchor.timestep is None and shortest < steps:
+            raise ValueError(
+                f"diversity_anchor.teacher_steps is {steps}, but {told}, and its second timestep "
+                f"may be {shortest} below the first; set diversity_anchor.teacher_steps to at most "
+                f"{shortest}, or diversity_anchor.timestep."
             )
 
     @property

@@ -8,6 +8,7 @@ through the student with one `backward`. No role is switched between a forward a
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,9 +110,7 @@ class Distiller:
     def __post_init__(self) -> None:
         denoiser = Denoiser(self.unet, self.components.schedule, self.components.prediction)
         object.__setattr__(self, "denoiser", denoiser)
-        anchored = self.config.diversity_anchor.weight > 0
-        plan = anchor_plan(self.config.diversity_anchor, self.plan) if anchored else None
-        object.__setattr__(self, "anchor", plan)
+        object.__setattr__(self, "anchor", self._anchor_of(self.plan))
         adversary = Adversary(
             unet=self.unet,
             head=self.head,
@@ -120,6 +119,17 @@ class Distiller:
             divergence=self.config.distribution_matching.divergence,
         )
         object.__setattr__(self, "adversary", adversary)
+
+    def at(self, plan: StepPlan) -> Distiller:
+        """This one with other steps of the student; networks and losses are shared."""
+        other = copy(self)
+        object.__setattr__(other, "plan", plan)
+        object.__setattr__(other, "anchor", self._anchor_of(plan))
+        return other
+
+    def _anchor_of(self, plan: StepPlan) -> StepPlan | None:
+        settings = self.config.diversity_anchor
+        return anchor_plan(settings, plan) if settings.weight > 0 else None
 
     # -- the student ------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +222,7 @@ class Trainer:
             self.student.optimizer.state.clear()
         since = iteration - first_of_critic - critic.warmup_iterations
         updates_student = since >= 0 and since % critic.updates_per_generator == 0
-        distiller = replace(self.distiller, plan=self.plan_of(iteration))
+        distiller = self.distiller.at(self.plan_of(iteration))
         step = self.step_index(iteration)
         figures: Figures = {}
         parts: list[Figures] = []

@@ -385,3 +385,33 @@ def test_what_is_refused(tmp_path, drawn, capsys) -> None:
     for message, argv in cases.items():
         assert message in failure(capsys, *argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_is_compared_in_several_numbers_of_steps(
+    tmp_path, tiny_teacher, monkeypatch, caplog
+) -> None:
+    calls = []
+    sample = render.sample_latents
+
+    def spy(unet, role, components, condition, plan, **options):
+        calls.append((role, plan.timesteps))
+        return sample(unet, role, components, condition, plan, **options)
+
+    monkeypatch.setattr(render, "sample_latents", spy)
+    recipe = Recipe(timesteps=(999, 499), trained_steps=(2, 3))
+    lora = str(student_file(tmp_path / "ours.safetensors", recipe))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n")
+    out = tmp_path / "out"
+    argv = ["compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "1"]
+    argv += ["--steps", "1", "--lora", lora, "--size-px", "64", "--out", str(out)]
+    assert cli.main([*argv, "--lora-steps", "3", "--lora-steps", "4"]) == 0
+    assert calls == [
+        ("teacher", (999,)),
+        ("student", (999, 666, 333)),
+        ("student", (999, 749, 499, 249)),
+    ]
+    said = [row.getMessage() for row in caplog.records if row.name == "train_lora.render"]
+    assert said == [f"--lora {lora!r} was trained for 2 to 3 steps, and draws in 4 steps"]
+    names = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()]
+    assert names[2:] == ["teacher, 1 steps, guidance 1", "ours, 3 steps", "ours, 4 steps"]

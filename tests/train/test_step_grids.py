@@ -139,6 +139,35 @@ def test_a_range_survives_the_config_file(tmp_path: Path) -> None:
     assert again.sampling.random_steps == (2, 8)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"random_steps": "[1, 4]"}, r"random_steps is \[1, 4\], but .* begin at 2"),
+        ({"random_steps": "[2, 100]"}, "may be 5 below the first; set .* to at most 5"),
+    ],
+)
+def test_an_anchor_needs_a_later_step_in_every_plan(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    given = {f"sampling__{key}": value for key, value in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        demo_config(tmp_path, diversity_anchor__weight=0.05, **given)
+
+
+def test_the_anchor_follows_the_drawn_plan_and_the_rest_is_shared(tmp_path: Path) -> None:
+    trainer = pixel_trainer(
+        tmp_path / "run", sampling__random_steps=RANGE, diversity_anchor__weight=0.05
+    )
+    assert all(trainer.step_index(i) >= 1 for i in range(40))
+    for iteration in range(20):
+        plan = trainer.plan_of(iteration)
+        drawn = trainer.distiller.at(plan)
+        assert drawn.plan == plan
+        assert drawn.anchor.timesteps[-1] == plan.timesteps[1]
+        assert drawn.adversary is trainer.distiller.adversary  # it keeps a running mean
+        assert trainer.distiller.plan == StepPlan.evenly(4)
+
+
 # -- what the file says ----------------------------------------------------------------------------
 
 

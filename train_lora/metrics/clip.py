@@ -81,7 +81,7 @@ def _snapshot(choice: str) -> Path:
     name = choice.removeprefix(HUB)
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
-        if (cached / "preprocessor_config.json").is_file() and any(cached.glob(WEIGHTS)):
+        if all(any(cached.glob(name)) for name in ("*processor_config.json", WEIGHTS)):
             return cached
     except LocalEntryNotFoundError:
         pass
