@@ -238,14 +238,16 @@ def _network(request: RenderRequest, components: Components) -> tuple[SharedUNet
 
 
 def _recipe_of_edm(request: RenderRequest, components: Components) -> Recipe:
-    """As the file says (a student), else DDIM, which other steps than the file's are as well."""
+    """Student: as its file says, with other steps if wanted. Teacher: DDIM."""
     if request.lora is not None or request.guidance != 1:
         raise ValueError(
             f"{request.model} is an EDM network, which takes no LoRA and no guidance; leave --lora "
             "out, and give --guidance 1."
         )
-    if components.recipe is not None and request.steps is None:
-        return components.recipe
+    if components.recipe is not None:
+        if request.steps is None:
+            return components.recipe
+        return Recipe(timesteps=StepPlan.evenly(request.steps).timesteps)
     return Recipe(timesteps=StepPlan.evenly(request.steps or TEACHER_STEPS).timesteps, strength=0)
 
 

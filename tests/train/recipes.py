@@ -214,7 +214,6 @@ RECIPES["EDM of classes, all layers"] = Recipe(
     settings=OF_CLASSES
     | {
         "data.real_images": "{}/classes",
-        "model.base_precision": "bf16",
         "gan.layers": '["all"]',
         "gan.shared_draw": "true",
         "training.continue_from": "none",  # test_imagenet.py: from a run
@@ -225,7 +224,12 @@ RECIPES["EDM of classes, without GAN"] = Recipe(
     prediction="sample",
     timesteps=(999,),
     tolerance=IN_BF16,
-    settings=OF_CLASSES | {"validation.every": 1, "validation.num_prompts": 2},
+    settings=OF_CLASSES
+    | {
+        "model.base_precision": "bf16",  # else the critic is the teacher at first
+        "validation.every": 1,
+        "validation.num_prompts": 2,
+    },
 )
 
 
