@@ -18,6 +18,7 @@ from dmd2_core import (
     LayerHeads,
     MiddleBlockHead,
     SteppedSchedule,
+    VPSchedule,
     add_noise,
     approximate_r1_loss,
     divergence_weight,
@@ -79,7 +80,7 @@ class Adversary:
 
     unet: SharedUNet
     head: nn.Module
-    schedule: SteppedSchedule
+    schedule: VPSchedule | SteppedSchedule
     settings: GanConfig
     divergence: Divergence
     layers: tuple[str, ...] = field(init=False)
