@@ -39,6 +39,8 @@ VARIANTS: dict[str, Settings] = {
     "anchor 0.05": {"diversity_anchor.weight": "0.05"},
     "anchor 0.5": {"diversity_anchor.weight": "0.5"},
     "anchor 0.5 to 499": {"diversity_anchor.weight": "0.5", "diversity_anchor.timestep": "499"},
+    "anchor 0.5 to 249": {"diversity_anchor.weight": "0.5", "diversity_anchor.timestep": "249"},
+    "anchor 2 to 499": {"diversity_anchor.weight": "2", "diversity_anchor.timestep": "499"},
     "guidance above": {"distribution_matching.guidance_timesteps": "above"},
     "guidance apart": {"distribution_matching.guidance_timesteps": "apart"},
     "Jensen-Shannon": {"distribution_matching.divergence": "jensen-shannon"},
