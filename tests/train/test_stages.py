@@ -37,7 +37,7 @@ SMALL = {
     "data.resolution_px": 128,
     "student.rank": 4,
     "student.alpha": 4,
-    "student.learning_rate": 2e-3,
+    "student.learning_rate": 1e-3,
     "critic.rank": 4,
     "critic.alpha": 4,
     "critic.learning_rate": 2e-3,
@@ -52,7 +52,7 @@ SMALL = {
     "export.thumbnail": "false",
 }
 SECOND = {
-    "student.learning_rate": 1e-4,  # a twentieth, as in the paper
+    "student.learning_rate": 5e-5,  # a twentieth, as in the paper
     "critic.learning_rate": 1e-4,
     "data.real_images": "teacher",
     "data.teacher_images": 4,
@@ -190,7 +190,6 @@ def test_samples_come_closer_to_the_teachers(
         load_lora_into(unet, run / "lora.safetensors")
         distances.append(float((looks(unet, STUDENT, model, plan) - teacher).norm()))
     untrained, first, second = distances
-    print(name, distances)
     assert first < 0.6 * untrained, distances
     assert second < 0.6 * untrained, distances
 
@@ -225,7 +224,7 @@ def test_resuming_and_exporting_the_second_need_the_first_no_more(
     assert before["training"]["continue_from"] == "one"
     for told in (before, after):
         assert told["earlier"]["training"]["iterations"] == 14
-        assert told["earlier"]["student"]["learning_rate"] == 2e-3
+        assert told["earlier"]["student"]["learning_rate"] == 1e-3
         assert told["earlier"]["gan"] == {"enabled": False}
         assert str(tmp_path.parent) not in json.dumps(told)
 

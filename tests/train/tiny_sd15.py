@@ -67,9 +67,10 @@ def random_sd15(seed: int = 0, **structure: Any) -> Components:
 
 
 DRAWN_MEAN = (1.2, -0.8, 0.5, -1.0)
-"""Of each channel, where there is a caption; a quarter of it for the empty prompt, so that guidance
-goes somewhere: with scale g to (1 + 3 (g - 1) / 4) times the mean, with the same deviation."""
+"""Of each channel, where there is a caption."""
 UNPROMPTED = 0.25
+"""Share of that mean for the empty prompt, so that guidance of scale g leads somewhere: to
+1 + (g - 1) (1 - UNPROMPTED) times the mean. Adapters reach a mean sooner than a deviation."""
 DRAWN_DEVIATION = 0.3
 _CAPTION_WEIGHT = 4.0
 """Factor of what a random network takes from the caption, which is little."""
