@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmd2_core import StepPlan, add_noise, coefficients
+from dmd2_core import StepPlan
 from tests.train import hasty, stages_worker
 from tests.train.launching import finish
 from tests.train.tiny import small_trainer, weights
@@ -26,7 +26,7 @@ from train_lora.cli import main
 from train_lora.export import load_lora_into, read_lora
 from train_lora.loop import Trainer
 from train_lora.models.components import Components
-from train_lora.models.roles import CRITIC, STUDENT, TEACHER, LoraSpec, SharedUNet
+from train_lora.models.roles import STUDENT, TEACHER, LoraSpec, SharedUNet
 from train_lora.models.saving import save_diffusers_folder
 from train_lora.models.text import encode_prompts
 from train_lora.sampling import sample_latents
@@ -37,7 +37,7 @@ SMALL = {
     "data.resolution_px": 128,
     "student.rank": 4,
     "student.alpha": 4,
-    "student.learning_rate": 2e-3,
+    "student.learning_rate": 1e-3,
     "critic.rank": 4,
     "critic.alpha": 4,
     "critic.learning_rate": 2e-3,
@@ -52,7 +52,7 @@ SMALL = {
     "export.thumbnail": "false",
 }
 SECOND = {
-    "student.learning_rate": 1e-4,  # a twentieth, as in the paper
+    "student.learning_rate": 5e-5,  # a twentieth, as in the paper
     "critic.learning_rate": 1e-4,
     "data.real_images": "teacher",
     "data.teacher_images": 4,
@@ -162,69 +162,36 @@ def test_or_from_the_newest_where_none_is_the_best(four_steps: Stages) -> None:
 
 def looks(unet: SharedUNet, role: str, model: Components, plan: StepPlan, **how: Any) -> Tensor:
     """Mean and deviation of each channel."""
-    condition = encode_prompts(model, list(CAPTIONS) * 4, 128, 128)
+    condition = encode_prompts(model, list(CAPTIONS) * 2, 128, 128)
     latents = sample_latents(unet, role, model, condition, plan, seed=1, **how)
     return torch.cat([latents.mean((0, 2, 3)), latents.std((0, 2, 3))])
 
 
-def trained(drawing: Components, checkpoint: Path | None) -> tuple[SharedUNet, Components]:
-    """The averaged student and the critic of a checkpoint, or, of None, untrained."""
-    model = replace(drawing, unet=copy.deepcopy(drawing.unet))
-    specs = {role: LoraSpec(rank=4, alpha=4.0) for role in (STUDENT, CRITIC)}
-    unet = SharedUNet(model.unet, specs, seed=0)
-    for role, file in ((STUDENT, "student_average"), (CRITIC, "critic")):
-        if checkpoint is not None:
-            state = load_file(checkpoint / f"{file}.safetensors")
-            state = {name: t for name, t in state.items() if not name.startswith("head.")}
-            unet.load_role_state_dict(role, state)
-    return unet, model
-
-
-def test_samples_in_one_step_come_closer_to_the_teachers(
-    drawing: Components, one_step: Stages
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("one_step", StepPlan.evenly(1, conditioning_timestep=399)),
+        ("four_steps", StepPlan.evenly(4)),
+    ],
+)
+def test_samples_come_closer_to_the_teachers(
+    drawing: Components, name: str, plan: StepPlan, request: pytest.FixtureRequest
 ) -> None:
     """The distance of `looks` from the guided teacher's: untrained, and after each stage."""
-    plan = StepPlan.evenly(1, conditioning_timestep=399)
-    unet, model = trained(drawing, None)
+    stages: Stages = request.getfixturevalue(name)
+    model = replace(drawing, unet=copy.deepcopy(drawing.unet))
+    unet = SharedUNet(model.unet, {STUDENT: LoraSpec(rank=4, alpha=4.0)}, seed=0)
     teacher = looks(unet, TEACHER, model, StepPlan.evenly(20), guidance=1.75, strength=0.0)
     distances = [float((looks(unet, STUDENT, model, plan) - teacher).norm())]
-    for run in (one_step.first, one_step.second):
+    for run in (stages.first, stages.second):
         _, recipe = read_lora(run / "lora.safetensors")
         assert recipe is not None
         assert recipe.plan() == plan
         load_lora_into(unet, run / "lora.safetensors")
         distances.append(float((looks(unet, STUDENT, model, plan) - teacher).norm()))
     untrained, first, second = distances
-    assert first < 0.6 * untrained
-    assert second < 0.6 * untrained
-
-
-@pytest.mark.parametrize("name", ["one_step", "four_steps"])
-def test_the_critic_has_learnt_the_students_samples(
-    drawing: Components, name: str, request: pytest.FixtureRequest
-) -> None:
-    """Its denoising error on them, against that of the teacher, as which it began."""
-    stages: Stages = request.getfixturevalue(name)
-    for run in (stages.first, stages.second):
-        _, recipe = read_lora(run / "lora.safetensors")
-        assert recipe is not None
-        assert len(recipe.timesteps) == (1 if name == "one_step" else 4)
-        newest = max((run / "checkpoints").iterdir())
-        unet, model = trained(drawing, newest)
-        condition = encode_prompts(model, list(CAPTIONS) * 4, 128, 128)
-        x0 = sample_latents(unet, STUDENT, model, condition, recipe.plan(), seed=1)
-        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2))
-        t = torch.linspace(20, 980, len(x0)).long()
-        x_t, (alpha, sigma) = (
-            add_noise(model.schedule, x0, eps, t),
-            coefficients(model.schedule, t, x0),
-        )
-        v, errors = alpha * eps - sigma * x0, {}
-        for role in (TEACHER, CRITIC):
-            with unet.role(role), torch.no_grad():
-                errors[role] = float((unet(x_t, t, condition) - v).square().mean())
-        print(name, run.name, errors)
-        assert errors[CRITIC] < 0.8 * errors[TEACHER]
+    assert first < 0.6 * untrained, distances
+    assert second < 0.6 * untrained, distances
 
 
 def test_two_processes_start_from_the_same_full_weights(inputs: Path, tmp_path: Path) -> None:
@@ -257,7 +224,7 @@ def test_resuming_and_exporting_the_second_need_the_first_no_more(
     assert before["training"]["continue_from"] == "one"
     for told in (before, after):
         assert told["earlier"]["training"]["iterations"] == 14
-        assert told["earlier"]["student"]["learning_rate"] == 2e-3
+        assert told["earlier"]["student"]["learning_rate"] == 1e-3
         assert told["earlier"]["gan"] == {"enabled": False}
         assert str(tmp_path.parent) not in json.dumps(told)
 
