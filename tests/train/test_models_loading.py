@@ -298,8 +298,8 @@ def test_bad_folders(components, tmp_path):
     scheduler.write_text(json.dumps(config | {"beta_end": 0.02}))
     with pytest.raises(ValueError, match=r"beta_end 0.02, SDXL's and SD1.5's is 0.012"):
         load_components(folder)
-    scheduler.write_text(json.dumps(config | {"prediction_type": "flow"}))
-    with pytest.raises(ValueError, match="prediction type 'flow', which cannot be distilled"):
+    scheduler.write_text(json.dumps(config | {"prediction_type": "score"}))
+    with pytest.raises(ValueError, match="prediction type 'score', which cannot be distilled"):
         load_components(folder)
     scheduler.write_text(json.dumps(config))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()

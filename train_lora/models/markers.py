@@ -107,7 +107,7 @@ def resolve(
     if prediction not in get_args(Prediction):
         raise ValueError(
             f"{path} is a model of prediction type {prediction!r}, which cannot be distilled here: "
-            "give one that predicts epsilon, v or flow"
+            "give one that predicts epsilon, v, sample or flow"
         )
     if prediction == "flow":
         return "flow", SteppedSchedule.flow()
