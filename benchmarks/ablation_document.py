@@ -16,12 +16,21 @@ from train_lora.models.roles import STUDENT, TEACHER, SharedUNet
 from train_lora.pictures import labelled_grid
 
 from .ablation_claims import CLAIMS, PAPER_NAMES, Claim, Results
-from .demo_runs import LORA, Run, captions_condition, measure, read_or_measure, shown_captions
+from .demo_runs import (
+    LORA,
+    Run,
+    captions_condition,
+    mean_and_spread,
+    measure,
+    read_or_measure,
+    shown_captions,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, SAMPLES, BRIGHTNESS = "ablation.md", "ablation_samples.jpg", "ablation_brightness.png"
 NUM_SHOWN = 10
-FIGURES = ("frechet_distance", "patch_distance", "prompt_accuracy", "diversity")
+FIGURES = {"frechet_distance": 1, "patch_distance": 1, "prompt_accuracy": 3, "diversity": 1}
+"""Name -> digits shown."""
 
 PAPER_ROWS = {
     "full": "SDXL, 4 steps: FID 19.32, patch FID 20.86, CLIP 0.332",
@@ -83,19 +92,15 @@ def page(
 
 
 def _row(name: str, found: Sequence[dict[str, Any]]) -> str:
-    cells = [mean_and_spread([r[figure] for r in found], figure) for figure in FIGURES]
+    cells = [
+        mean_and_spread([r[figure] for r in found], digits) for figure, digits in FIGURES.items()
+    ]
     return f"| {name} | {' | '.join(cells)} | {PAPER_ROWS[name]} |"
-
-
-def mean_and_spread(values: Sequence[float], figure: str) -> str:
-    digits = 3 if figure == "prompt_accuracy" else 1
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _claim(claim: Claim, results: Results) -> str:
     figure = PAPER_NAMES[claim.figure]
-    digits = 3 if claim.figure == "prompt_accuracy" else 1
+    digits = FIGURES[claim.figure]
     gains = ", ".join(f"{gain:+.{digits}f}" for gain in claim.gains(results))
     verdict = claim.verdict(results)
     if verdict != "reproduced" and claim.why:
@@ -104,18 +109,19 @@ def _claim(claim: Claim, results: Results) -> str:
     return f"| {finding} | {gains} | {verdict} |"
 
 
-def second_half(curve: Sequence[Sequence[float]]) -> list[float]:
-    return [value for _, value in curve[len(curve) // 2 :]]
-
-
 def _steadiness(name: str, found: Sequence[dict[str, Any]]) -> str:
-    """How much the brightness moves from one look to the next, and how far it strays."""
-    halves = [second_half(r["brightness"]) for r in found]
-    strays = [statistics.stdev(values) for values in halves]
-    steps = [statistics.mean(abs(b - a) for a, b in pairwise(v)) for v in halves]
-    shown = ", ".join(f"{stray:.4f}" for stray in strays)
-    moved = ", ".join(f"{step:.4f}" for step in steps)
-    return f"| {name} | {shown} | {moved} |"
+    """Of each seed, before the learning rates fall: how far it strays, how much it moves."""
+    early = [r["brightness"][: len(r["brightness"]) // 2] for r in found]
+    strays = ", ".join(f"{stray(curve):.4f}" for curve in early)
+    moves = [statistics.mean(abs(b[1] - a[1]) for a, b in pairwise(curve)) for curve in early]
+    return f"| {name} | {strays} | {', '.join(f'{move:.4f}' for move in moves)} |"
+
+
+def stray(curve: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of a curve of (x, y) around its own straight line."""
+    xs, ys = zip(*curve, strict=True)
+    line = statistics.linear_regression(xs, ys)
+    return statistics.pstdev(y - line.slope * x for x, y in curve)
 
 
 def draw_brightness(results: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -7,6 +7,7 @@ was stopped goes on with the runs that have none.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -227,3 +228,9 @@ def patch_features(classifier: SceneClassifier, images: Tensor) -> Tensor:
     ]
     enlarged = interpolate(torch.cat(quarters), scenes.IMAGE_PX, mode="bilinear")
     return torch.cat([classifier.features(part) for part in enlarged.split(256)])
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """As a cell of a table: "26.9 ± 1.2", the sample standard deviation; one value has none."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from .demo_runs import (
     Run,
     Seeds,
     Settings,
+    mean_and_spread,
     measure,
     read_or_measure,
     run_all,
@@ -80,11 +80,6 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         ]
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

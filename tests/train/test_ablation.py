@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.ablation import SEEDS, VARIANTS, run_of
 from benchmarks.ablation_claims import CLAIMS, Claim
+from benchmarks.ablation_document import stray
 from benchmarks.demo_runs import LORA, Run, train
 from train_lora.lora_files import read_lora
 from train_lora.sampling import step_plan
@@ -53,6 +54,12 @@ def test_verdicts_take_all_seeds(
     claim = Claim(better="full", worse="no GAN", figure=figure, paper="")
     results = {"full": [{figure: v} for v in good], "no GAN": [{figure: v} for v in bad]}
     assert claim.verdict(results) == verdict
+
+
+def test_a_drift_is_no_oscillation() -> None:
+    assert stray([(4, 0.1), (8, 0.2), (12, 0.3), (16, 0.4)]) == pytest.approx(0, abs=1e-12)
+    swings = [(0, 1.0), (1, 0.0), (2, 0.0), (3, 1.0)]  # the line is 0.5
+    assert stray(swings) == pytest.approx(0.5)
 
 
 def test_claims_speak_of_rows_that_are_run() -> None:
