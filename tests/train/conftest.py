@@ -21,6 +21,15 @@ from .prepared import PICTURES
 from .tiny import demo_config, random_components
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As torchrun gives its processes: sums over several threads have another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared_components() -> Components:
     """The tiny model, for tests that only read it."""

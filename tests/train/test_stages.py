@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,13 +59,7 @@ SECOND = {
 FOUR_STEPS = {"sampling.steps": 4, "sampling.conditioning_timestep": "none"}
 NETWORKS = ("student", "student_average", "critic")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
