@@ -21,7 +21,7 @@ def add_pairs(
     command = commands.add_parser(
         "pairs",
         help="let the teacher make (noise, image) pairs, into the folder regression.pairs",
-        usage="dmd2 pairs --config FILE.toml [--preset NAME] [--key value ...]",
+        usage="dmd2 pairs [--config FILE.toml] [--preset NAME] [--key value ...]",
         allow_abbrev=False,
     )
     add_config_sources(command)

@@ -100,7 +100,8 @@ def _labels(students: list[Student]) -> list[str]:
 def _teacher_label(teacher: RenderRequest) -> str:
     from .sampling import TEACHER_STEPS
 
-    return f"teacher, {teacher.steps or TEACHER_STEPS} steps, guidance {teacher.guidance:g}"
+    steps = teacher.steps or TEACHER_STEPS
+    return f"teacher, {steps} step{'s' * (steps > 1)}, guidance {teacher.guidance:g}"
 
 
 def table_of(figures: Mapping[str, Mapping[str, float]]) -> str:

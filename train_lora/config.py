@@ -119,7 +119,7 @@ class Config:
             raise ValueError(
                 f"critic.warmup_iterations is {critic}{added}, but training.iterations is "
                 f"{self.training.iterations}, so the student would never be updated with a critic; "
-                "set it lower."
+                "set training.iterations higher, or a warm-up lower."
             )
         self._check_regression()
         self._check_anchor()

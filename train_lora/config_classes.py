@@ -46,6 +46,12 @@ def check_classes(config: Config) -> None:
             f'distribution_matching.guidance_timesteps is "{matching.guidance_timesteps}", but '
             f'{_BECAUSE}, and an EDM network is not guided; set it to "shared".'
         )
+    if config.sampling.conditioning_timestep is not None:
+        raise ValueError(
+            f"sampling.conditioning_timestep is {config.sampling.conditioning_timestep}, but "
+            f"{_BECAUSE}, and an EDM network in one step is told the noise level it sees; set it "
+            'to "none".'
+        )
     if config.needs_pairs:
         raise ValueError(
             f"regression.warmup_iterations is {config.regression.warmup_iterations} and "

@@ -286,7 +286,7 @@ def _apply_ablations(
 ) -> dict[str, Any]:
     """`below`: the values without the command line; `typed`: the command line's own."""
     changes: dict[str, Any] = {}
-    for name in names:
+    for name in (name for listed in names for name in listed.split(",")):
         if name not in ABLATIONS:
             raise ValueError(f"Unknown ablation {name!r}; choose from {', '.join(ABLATIONS)}.")
         key, value = ABLATIONS[name]

@@ -37,6 +37,8 @@ class SamplingConfig(Section):
                 f"sampling.timesteps is {show_value(self.timesteps)}; its numbers must descend, "
                 f"such as {ordered}."
             )
+        if self.random_steps is not None:
+            self._check_random_steps(*self.random_steps)
         steps = len(self.timesteps) or self.steps
         if self.conditioning_timestep is not None and steps > 1:
             key = "timesteps" if self.timesteps else "steps"
@@ -45,8 +47,6 @@ class SamplingConfig(Section):
                 f"one-step students, but sampling.{key} is {show_value(getattr(self, key))}; set "
                 'sampling.steps to 1, or sampling.conditioning_timestep to "none".'
             )
-        if self.random_steps is not None:
-            self._check_random_steps(*self.random_steps)
 
     def _check_random_steps(self, fewest: int, most: int) -> None:
         told = f"sampling.random_steps is {show_value(self.random_steps)}"

@@ -13,10 +13,10 @@ def python_value(hint: Any, text: str) -> Any:
     if _is_optional(hint):
         return None if text == "none" else python_value(_inner(hint), text)
     if get_origin(hint) is tuple:
+        if get_origin(get_args(hint)[0]) is Literal:  # the shell takes quotes away
+            return [word.strip(" \"'") for word in text.strip("[] ").split(",")]
         if text.startswith("["):
             return _toml_value(text)
-        if get_origin(get_args(hint)[0]) is Literal:
-            return [word.strip() for word in text.split(",")]
         # Captions have commas of their own.
         return [text] if get_args(hint)[0] is str else _toml_value(f"[{text}]")
     if hint is bool:

@@ -47,9 +47,11 @@ def labelled_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] = 
     column_px, row_px = width + GAP_PX, LABEL_PX + height + GAP_PX
     header = [textwrap.wrap(caption, width // CHARACTER_PX) for caption in captions]
     header_px = LINE_PX * max(map(len, header), default=0)
-    grid = Image.new("RGB", (count * column_px + GAP_PX, header_px + len(rows) * row_px), "white")
-    draw = ImageDraw.Draw(grid)
     small, font = ImageFont.load_default(size=11), ImageFont.load_default(size=13)
+    label_px = round(max(font.getlength(label) for label, _ in rows))
+    width_px = max(count * column_px, label_px + GAP_PX) + GAP_PX
+    grid = Image.new("RGB", (width_px, header_px + len(rows) * row_px), "white")
+    draw = ImageDraw.Draw(grid)
     for i, lines in enumerate(header):
         for k, line in enumerate(lines):
             draw.text((GAP_PX + i * column_px, k * LINE_PX), line, fill="black", font=small)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-REMEDY = "give an SDXL or SD1.5 checkpoint (.safetensors), or a diffusers folder of one"
+REMEDY = (
+    "give an SDXL or SD1.5 checkpoint (.safetensors), a diffusers folder of one, or what dmd2 "
+    "convert-edm wrote"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
