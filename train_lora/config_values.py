@@ -14,7 +14,8 @@ def python_value(hint: Any, text: str) -> Any:
         return None if text == "none" else python_value(_inner(hint), text)
     if get_origin(hint) is tuple:
         if get_origin(get_args(hint)[0]) is Literal:  # the shell takes quotes away
-            return [word.strip(" \"'") for word in text.strip("[] ").split(",")]
+            words = text.strip("[] ")
+            return [word.strip(" \"'") for word in words.split(",")] if words else []
         if text.startswith("["):
             return _toml_value(text)
         # Captions have commas of their own.

@@ -79,6 +79,7 @@ def test_every_ablation_goes_with_the_demo_preset_and_changes_one_value(name):
 
 def test_several_ablations():
     config = load(preset="demo", ablations=["no-gan", "critic-1to1"]).config
+    assert load(preset="demo", ablations=["no-gan,critic-1to1"]).config == config
     assert not config.gan.enabled
     assert config.critic.updates_per_generator == 1
 
@@ -105,6 +106,8 @@ def test_several_ablations():
         ("mixed_precision", "bf16", "bf16"),
         ("trackers", "tensorboard, wandb", ("tensorboard", "wandb")),
         ("trackers", "[]", ()),
+        ("gan.layers", "[down1, middle]", ("down1", "middle")),  # as the shell leaves it
+        ("gan.layers", '["down1"]', ("down1",)),
         ("validation.prompts", "a red ring, big", ("a red ring, big",)),
         ("validation.prompts", '["a", "b, c"]', ("a", "b, c")),
         ("directory", "a b", "a b"),

@@ -366,6 +366,7 @@ def test_other_folders_are_refused(tmp_path: Path, names: list[str], message: st
     [
         ({"distribution_matching__guidance": 2}, "guidance is 2.0, but .* no unconditional branch"),
         ({"distribution_matching__guidance_timesteps": "apart"}, "EDM network is not guided"),
+        ({"sampling__conditioning_timestep": 399}, "is told the noise level it sees"),
         ({"student__kind": "lora"}, 'student.kind is "lora", but .* takes no LoRA'),
         ({"critic__kind": "lora"}, 'critic.kind is "lora", but .* takes no LoRA'),
         ({"critic__loss_space": "velocity"}, "critic.loss_space is .* weighting of its own"),

@@ -22,3 +22,12 @@ def test_every_picture_is_at_its_place_below_captions_and_labels() -> None:
             assert cut.tobytes() == to_picture(images[r, i]).tobytes()
     # The caption above the first column leaves ink; a blank header would have none.
     assert captioned.crop((0, 0, 64, header_px)).convert("L").getextrema()[0] < 128
+
+
+def test_a_label_longer_than_its_pictures_is_shown_whole() -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    short, long = (labelled_grid([(label, image)]) for label in ("a", "teacher, 50 steps"))
+    assert short.width == 8 + 2 * GAP_PX
+    ink = long.crop((8 + 2 * GAP_PX, 0, long.width, LABEL_PX)).convert("L")
+    assert ink.getextrema()[0] < 128
+    assert long.crop((long.width - 2, 0, *long.size)).convert("L").getextrema() == (255, 255)
