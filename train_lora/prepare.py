@@ -9,6 +9,8 @@ and a changed picture or caption costs its own unit only.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,13 +24,15 @@ from .data import cache
 from .data.encode import PROMPTS, Unit, digest, prompt_units, with_text
 from .data.freshness import SOURCES, source_stamps
 from .data.store import read_shard_facts, shard_stamp, write_shard
-from .data.teacher_pairs import pair_units
+from .data.teacher_pairs import UNIT_PAIRS, pair_units
 from .data.training_data import check_sources, read_training_prompts, real_image_units
 from .distributed import join_processes, leave_processes
 from .models.components import Components
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, *, strict: bool = False) -> Path:
@@ -73,7 +77,8 @@ def make_pairs(config: Config) -> Path:
                 unit = _with_text(unit, components, config.data.resolution_px)
             yield f"{cache.PAIRS.noun}-{number:06d}.safetensors", unit
 
-    return _fill(cache.PAIRS, config, units, strict=False)
+    total = math.ceil(config.regression.num_pairs / UNIT_PAIRS)
+    return _fill(cache.PAIRS, config, units, strict=False, total=total)
 
 
 def _fill(
@@ -82,8 +87,12 @@ def _fill(
     units_of: Callable[[Components], Iterator[tuple[str, Unit]]],
     *,
     strict: bool,
+    total: int | None = None,
 ) -> Path:
-    """Write what the folder lacks of (name of the shard, unit); returns the report."""
+    """Write what the folder lacks of (name of the shard, unit); returns the report.
+
+    `total`: the number of shards, where it is known beforehand.
+    """
     from .model_setup import load_model
     from .models.placement import place_encoders
 
@@ -91,6 +100,7 @@ def _fill(
     assert folder is not None
     found = cache.read_manifest(folder, kind)
     state = join_processes(config.training.mixed_precision)
+    log.info("loading the model %s", config.model.path)
     components = load_model(config, state.device)
     place_encoders(components, state.device)
     model = cache.model_identity(components)
@@ -108,7 +118,7 @@ def _fill(
         _begin(folder, identity, source_stamps(config, kind))
     state.wait_for_everyone()
     key = digest([json.dumps(identity, sort_keys=True)])
-    names = _encode_own(folder, chain([first], units), key, state)
+    names = _encode_own(folder, chain([first], units), key, state, total)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(folder, names, identity, kind.noun, strict=strict)
@@ -154,12 +164,14 @@ def _encode_own(
     units: Iterable[tuple[str, Unit]],
     key: str,
     state: Accelerator,
+    total: int | None,
 ) -> list[str]:
     """Write this rank's units that are not there yet; returns the names of all ranks' units."""
     from tqdm import tqdm
 
     names = []
-    bar = tqdm(units, desc="preparing", unit="shard", disable=not state.is_main_process)
+    is_main = state.is_main_process
+    bar = tqdm(units, desc="preparing", unit="shard", total=total, disable=not is_main)
     for number, (name, unit) in enumerate(bar):
         names.append(name)
         if number % state.num_processes != state.process_index:
