@@ -1,5 +1,6 @@
 """The ablation's rows are the settings that they name, and its verdicts follow from the figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_verdicts_take_all_seeds(
     claim = Claim(better="full", worse="no GAN", figure=figure, paper="")
     results = {"full": [{figure: v} for v in good], "no GAN": [{figure: v} for v in bad]}
     assert claim.verdict(results) == verdict
+    unable = replace(claim, out_of_reach="too short")
+    assert unable.verdict(results) == "not measurable at this scale: too short"
 
 
 def test_a_drift_is_no_oscillation() -> None:
