@@ -105,3 +105,15 @@ def data_config(tmp_path: Path, photos: Path, prompts: Path) -> Callable[..., Co
         return demo_config(tmp_path / "run", **{k: v for k, v in given.items() if v is not None})
 
     return make
+
+
+@pytest.fixture
+def tiny_teacher(monkeypatch, shared_components: Components, components: Components) -> None:
+    """The embedded teacher's place is taken by random weights; each load is a fresh UNet."""
+
+    def load() -> Components:
+        names = components.__dataclass_fields__
+        fields = {name: getattr(components, name) for name in names}
+        return Components(**(fields | {"unet": copy.deepcopy(shared_components.unet)}))
+
+    monkeypatch.setattr("train_lora.demo.teacher.load_teacher", load)

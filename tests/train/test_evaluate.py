@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dmd2_core import Recipe
 from train_lora import cli, render
-from train_lora.compare import Student, _labels
-from train_lora.demo import scenes, teacher
+from train_lora.demo import scenes
 from train_lora.demo.classifier import load_classifier
 from train_lora.evaluate import Measures, Networks, evaluate, look
 from train_lora.metrics import features
@@ -27,8 +26,7 @@ from train_lora.metrics.looks import looks
 from train_lora.metrics.lpips import load_lpips
 from train_lora.metrics.picture_folder import middle, pixels, read_folder, square
 from train_lora.metrics.precision_recall import precision_recall
-from train_lora.models.components import Components
-from train_lora.pictures import GAP_PX, LABEL_PX, to_picture
+from train_lora.pictures import to_picture
 
 from .metric_files import alexnet_file, clip_folder
 from .test_cli import failure
@@ -178,19 +176,6 @@ def test_patches_are_the_middle_at_full_resolution(tmp_path) -> None:
     assert square(exact, 64).size == (64, 64)
 
 
-@pytest.fixture
-def tiny_teacher(monkeypatch, shared_components: Components, components: Components) -> None:
-    """The embedded teacher's place is taken by random weights; each load is a fresh UNet."""
-    import copy
-
-    def load() -> Components:
-        names = components.__dataclass_fields__
-        fields = {name: getattr(components, name) for name in names}
-        return Components(**(fields | {"unet": copy.deepcopy(shared_components.unet)}))
-
-    monkeypatch.setattr(teacher, "load_teacher", load)
-
-
 def test_drawing_goes_on_where_it_stopped(tmp_path, tiny_teacher, monkeypatch, capsys) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n\n a blue ring \n")
@@ -289,57 +274,6 @@ def test_a_lora_for_another_kind_of_output_is_refused(tmp_path, tiny_teacher, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_comparison_puts_every_system_on_the_same_noise(
-    tmp_path, tiny_teacher, monkeypatch
-) -> None:
-    calls = []
-    sample = render.sample_latents
-
-    def spy(unet, role, components, condition, plan, **options):
-        calls.append((role, plan.timesteps, options["seed"], options["strength"]))
-        return sample(unet, role, components, condition, plan, **options)
-
-    monkeypatch.setattr(render, "sample_latents", spy)
-    lora = str(student_file(tmp_path / "ours.safetensors"))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red disc\na blue ring\n")
-    out = tmp_path / "out"
-    argv = ["compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "5"]
-    argv += ["--steps", "2", "--lora", lora, "--other", "SDXL-Lightning, 2 steps", lora]
-    argv += ["--size-px", "64", "--seed", "3", "--out", str(out)]
-    assert cli.main(argv) == 0
-    assert calls == [
-        ("teacher", (999, 499), 3, 0.0),
-        ("student", (999, 749, 499, 249), 3, 1.0),
-        ("student", (999, 499), 3, 0.0),
-    ]
-    lines = (out / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "teacher, 2 steps, guidance 5",
-        "ours",
-        "ours (SDXL-Lightning, 2 steps)",
-    ]
-    figures = json.loads((out / "lora_1" / "metrics.json").read_text())["figures"]
-    assert lines[3].split("|")[2].strip() == f"{figures['brightness']:.4g}"
-    with Image.open(out / "grid.png") as grid:
-        row = LABEL_PX + 64 + GAP_PX
-        assert grid.size[1] > 3 * row  # a row for each system, below the prompts
-        top = grid.size[1] - row + LABEL_PX  # of the last system's row
-        cell = grid.crop((2 * GAP_PX + 64, top, 2 * GAP_PX + 128, top + 64))
-    assert torch.equal(pixels(cell), pixels(read_folder(out / "lora_2", "x").open(1)))
-    assert cli.main(argv) == 0
-    assert len(calls) == 3  # nothing is drawn twice
-
-
-def test_loras_of_equal_names_keep_rows_of_their_own() -> None:
-    """Every run calls its LoRA lora.safetensors."""
-    paths = ["a/lora.safetensors", "b/lora.safetensors", "x.safetensors"]
-    labels = _labels([Student(lora=path) for path in paths])
-    assert labels == ["a/lora", "b/lora", "x"]
-    labels = _labels([Student(lora=path) for path in ["1/a/l", "2/a/l"]])
-    assert labels == ["1: a/l", "2: a/l"]
-
-
 def test_what_is_refused(tmp_path, drawn, capsys) -> None:
     _, images = drawn
     few = write_folder(tmp_path / "few", images[:3], ["a", "b", "c"])
@@ -385,33 +319,3 @@ def test_what_is_refused(tmp_path, drawn, capsys) -> None:
     for message, argv in cases.items():
         assert message in failure(capsys, *argv)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_lora_is_compared_in_several_numbers_of_steps(
-    tmp_path, tiny_teacher, monkeypatch, caplog
-) -> None:
-    calls = []
-    sample = render.sample_latents
-
-    def spy(unet, role, components, condition, plan, **options):
-        calls.append((role, plan.timesteps))
-        return sample(unet, role, components, condition, plan, **options)
-
-    monkeypatch.setattr(render, "sample_latents", spy)
-    recipe = Recipe(timesteps=(999, 499), trained_steps=(2, 3))
-    lora = str(student_file(tmp_path / "ours.safetensors", recipe))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red disc\n")
-    out = tmp_path / "out"
-    argv = ["compare", "--model", "demo", "--prompts", str(prompts), "--guidance", "1"]
-    argv += ["--steps", "1", "--lora", lora, "--size-px", "64", "--out", str(out)]
-    assert cli.main([*argv, "--lora-steps", "3", "--lora-steps", "4"]) == 0
-    assert calls == [
-        ("teacher", (999,)),
-        ("student", (999, 666, 333)),
-        ("student", (999, 749, 499, 249)),
-    ]
-    said = [row.getMessage() for row in caplog.records if row.name == "train_lora.render"]
-    assert said == [f"--lora {lora!r} was trained for 2 to 3 steps, and draws in 4 steps"]
-    names = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()]
-    assert names[2:] == ["teacher, 1 step, guidance 1", "ours, 3 steps", "ours, 4 steps"]

@@ -15,7 +15,6 @@ from dmd2_core import Recipe, SteppedSchedule, add_noise, edm_loss_weight
 from train_lora import cli
 from train_lora.checkpoint import read_state, restore, tensors_of
 from train_lora.checkpoint_store import newest_complete
-from train_lora.data.class_folders import class_files
 from train_lora.data.encode import encode_captions
 from train_lora.data.images import open_picture
 from train_lora.data.training_data import load_training_data
@@ -24,10 +23,9 @@ from train_lora.draws import randn_like, random_timesteps, sample_draws
 from train_lora.loop import Trainer
 from train_lora.metrics.picture_folder import pixels
 from train_lora.model_setup import load_model
-from train_lora.models.class_condition import ClassCondition
 from train_lora.models.edm_network import load_edm, save_edm
 from train_lora.models.loading import load_components
-from train_lora.models.roles import CRITIC, FullSpec, SharedUNet
+from train_lora.models.roles import SharedUNet
 from train_lora.models.safetensors_io import read_safetensors
 from train_lora.render import RenderRequest, _network
 from train_lora.sampling import sample_latents
@@ -39,8 +37,10 @@ from .tiny_edm import (
     class_folder,
     distance,
     edm_config,
+    inputs,
     random_teacher,
     settings,
+    tree,
     write_teacher,
 )
 
@@ -208,70 +208,7 @@ def test_the_long_run_goes_on_with_a_gan_from_the_first_stage(
     assert recipe.trained_with["earlier"]["gan"] == {"enabled": False}
 
 
-# -- the network in its roles ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def some_network():
-    """Away from its start, so that every weight counts."""
-    network = random_teacher()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-    return network.eval()
-
-
-def inputs(count: int = 3) -> tuple[Tensor, Tensor, ClassCondition]:
-    x_t = 3 * torch.randn(count, 3, SIDE_PX, SIDE_PX, generator=torch.Generator().manual_seed(8))
-    labels = torch.arange(count) % CLASSES
-    return x_t, torch.tensor([0, 500, 999])[:count], ClassCondition(labels=labels, side_px=SIDE_PX)
-
-
-def test_a_step_is_the_noise_level_that_the_network_is_told(some_network) -> None:
-    x_t, t, condition = inputs()
-    sigma = SteppedSchedule.edm().time(t)
-    assert sigma.tolist()[::2] == pytest.approx([0.002, 80.0])
-    expected = some_network(x_t, sigma, condition.labels)
-    middle = some_network.features(x_t, sigma, condition.labels)
-    unet = SharedUNet(some_network, {CRITIC: FullSpec()}, seed=0)
-    for role in ("teacher", "critic"):
-        with unet.role(role):
-            assert torch.equal(unet(x_t, t, condition), expected)
-            features = unet.features(x_t, t, condition, list(unet.layers))
-            output, same = unet.with_features(x_t, t, condition, list(unet.layers))
-        assert torch.equal(output, expected)
-        assert torch.equal(features[-1], middle)
-        for found, again, shape in zip(features, same, unet.layers.values(), strict=True):
-            assert torch.equal(found, again)
-            assert found.shape == (3, shape.channels, 8 // shape.downscale, 8 // shape.downscale)
-    assert list(unet.layers) == ["down1", "middle"]
-
-
-def test_checkpointed_blocks_give_the_same_gradients(some_network) -> None:
-    found = []
-    for checkpointed in (False, True):
-        unet = SharedUNet(some_network, {CRITIC: FullSpec()}, seed=0)
-        if checkpointed:
-            unet.enable_gradient_checkpointing()
-        with unet.role(CRITIC):
-            (maps,) = unet.features(*inputs())
-            (unet(*inputs()).square().mean() + maps.mean()).backward()
-        found.append([weight.grad for weight in unet.parameters_of(CRITIC)])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_under_autocast_only_the_raw_network_is_rounded(some_network) -> None:
-    """At the lowest noise D(x) is x but for a thousandth: bfloat16 alone would lose 1 in 256."""
-    exact, rounded = (
-        SharedUNet(some_network, {}, seed=0, autocast=a) for a in (None, torch.bfloat16)
-    )
-    with torch.no_grad():
-        expected, found = exact(*inputs()), rounded(*inputs())
-    assert found.dtype == torch.float32
-    assert (found - expected)[0].abs().max() < 1e-3 * 2**-6 * 8  # c_out 0.002, F of a few units
-    assert not torch.equal(found, expected)
-    assert (found - expected).norm() < 0.02 * expected.norm()
+# -- the critic ------------------------------------------------------------------------------------
 
 
 def test_the_critics_loss_is_weighted_by_the_noise_level(
@@ -288,14 +225,6 @@ def test_the_critics_loss_is_weighted_by_the_noise_level(
     error = (load_edm(files[0])(x_t, schedule.time(t), condition.labels) - x).square()
     expected = (edm_loss_weight(schedule.time(t)) * error.flatten(1).mean(1)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_class_conditions_are_cut_and_joined_like_captions() -> None:
-    condition = inputs()[2]
-    assert condition[1].labels.tolist() == [1]
-    assert condition[torch.tensor([2, 0])].labels.tolist() == [2, 0]
-    assert ClassCondition.cat([condition[:1], condition[1:]]).labels.tolist() == [0, 1, 2]
-    assert condition.latent_shape() == (3, 3, SIDE_PX, SIDE_PX)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -320,42 +249,6 @@ def test_batches_hold_the_files_pixels_with_their_classes(
     whole = data.batch(first=16, size=16, seed=1)
     assert torch.equal(torch.cat([h.real.latents for h in halves]), whole.real.latents)
     assert torch.equal(torch.cat([h.condition.labels for h in halves]), whole.condition.labels)
-
-
-def tree(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-    return folder
-
-
-def test_sorted_names_are_the_classes_unless_they_are_numbers(tmp_path: Path) -> None:
-    named = tree(
-        tmp_path / "named", "n02/a.png", "n01/b.JPEG", "n01/deep/c.png", "n03/d.webp", ".x/e.png"
-    )
-    found, labels = class_files(named, 3)
-    assert [path.name for path in found] == ["b.JPEG", "c.png", "a.png", "d.webp"]
-    assert labels.tolist() == [0, 0, 1, 2]
-    numbered = tree(tmp_path / "numbered", "10/a.png", "9/b.png", "0002/c.png", "notes.txt")
-    found, labels = class_files(numbered, 11)
-    assert [path.name for path in found] == ["c.png", "b.png", "a.png"]
-    assert labels.tolist() == [2, 9, 10]
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a/1.png", "b/1.png", "c/1.png", "d/1.png"], "4 folders, but the network has 3 classes"),
-        (["a/1.png", "b/1.png"], "2 folders, but the network has 3 classes"),
-        (["0/1.png", "3/1.png"], "a folder '3', but the network's classes are 0 to 2"),
-        (["1/1.png", "01/1.png"], "are the same class"),
-        (["0/1.png", "1/readme.txt"], "1 holds no picture"),
-        (["1.png"], "0 folders"),
-    ],
-)
-def test_other_folders_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        class_files(tree(tmp_path / "pictures", *names), 3)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dmd2_core import (
 )
 from train_lora.config import Config
 from train_lora.config_load import load
+from train_lora.models.class_condition import ClassCondition
 from train_lora.models.edm_network import EDMNetwork, save_edm
 from train_lora.models.edm_unet import EDMConfig
 from train_lora.pictures import to_picture
@@ -122,3 +123,18 @@ def settings(teacher: Path, pictures: Path, directory: Path, **overrides: Any) -
 def edm_config(teacher: Path, pictures: Path, directory: Path, **overrides: Any) -> Config:
     given = settings(teacher, pictures, directory, **overrides)
     return load(preset="imagenet64", overrides=list(given.items())).config
+
+
+def tree(folder: Path, *names: str) -> Path:
+    """Empty files of these names in `folder`."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def inputs(count: int = 3) -> tuple[Tensor, Tensor, ClassCondition]:
+    """Noised pictures, their steps from clean to noisy, and their classes."""
+    x_t = 3 * torch.randn(count, 3, SIDE_PX, SIDE_PX, generator=torch.Generator().manual_seed(8))
+    labels = torch.arange(count) % CLASSES
+    return x_t, torch.tensor([0, 500, 999])[:count], ClassCondition(labels=labels, side_px=SIDE_PX)

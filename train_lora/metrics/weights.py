@@ -25,7 +25,7 @@ def read_weights(path: Path, option: str, source: str) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
-        # Inception and AlexNet are published as .pth only. `weights_only` knows
+        # Inception, AlexNet, VGG16 and LatentLPIPS are published as .pth only. `weights_only` knows
         # torch's own builders of tensors and plain containers; any other name is refused unrun.
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
